@@ -1,0 +1,3 @@
+from agd_vllm.cli import main
+
+main()

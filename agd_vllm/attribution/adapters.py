@@ -1,0 +1,169 @@
+"""Where the weights of a Hugging Face model lie: one short adapter per architecture, no weight is copied.
+
+To add an architecture: name it in `architectures.TEXT_MODEL`, write its adapter here, give `lxt_compat` its classes and
+`tests/attribution/tiny.py` a tiny model; the tests then hold it to the oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from agd_vllm.attribution.hf_model import HFModel
+from agd_vllm.attribution.rules import ACTIVATIONS, Activation
+
+DEFAULT_ROPE = "default"
+
+
+class Norm(NamedTuple):
+    """RMSNorm: the gain as it multiplies (float32 [d]) and epsilon."""
+
+    gain: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer. A norm that the architecture lacks is None; `window` is in tokens, None for full attention.
+
+    `scaling` multiplies q k, `rope` names the layer's rotary table.
+    """
+
+    attention_norm: Norm
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
+    attention_output_norm: Norm | None
+    mlp_norm: Norm
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+    mlp_output_norm: Norm | None
+    scaling: float
+    window: int | None
+    rope: str = DEFAULT_ROPE
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A decoder stack; `rotary(rope, positions)` gives cos and sin, float32 [N, D], for int64 positions [N]."""
+
+    layers: list[Layer]
+    final_norm: Norm
+    activation: Activation
+    rotary: Callable[[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def adapt(hf: HFModel) -> Decoder:
+    """Read the model's layers. Raises ValueError for an activation or a RoPE type that no rule here covers."""
+    name = getattr(hf.config, "hidden_activation", None) or hf.config.hidden_act
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} has no attribution rule; known: {', '.join(ACTIVATIONS)}")
+    layers, final_norm = _ADAPTERS[hf.architecture](hf.stack)
+    per_type = hf.architecture.startswith("Gemma3")
+    return Decoder(layers, final_norm, ACTIVATIONS[name], _rotary(hf.stack.rotary_emb, per_type=per_type))
+
+
+def _llama(stack: nn.Module) -> tuple[list[Layer], Norm]:
+    """Llama and all that are built like it; Qwen3 adds norms on the heads' queries and keys."""
+    return [_llama_layer(layer, window=None) for layer in stack.layers], _norm(stack.norm)
+
+
+def _mistral(stack: nn.Module) -> tuple[list[Layer], Norm]:
+    """Llama with one sliding window for all layers."""
+    window = stack.config.sliding_window
+    return [_llama_layer(layer, window=window) for layer in stack.layers], _norm(stack.norm)
+
+
+def _qwen(stack: nn.Module) -> tuple[list[Layer], Norm]:
+    """Qwen2 (biases) and Qwen3: Llama with a window in some layers."""
+    return [_llama_layer(layer, window=layer.self_attn.sliding_window) for layer in stack.layers], _norm(stack.norm)
+
+
+def _gemma3(stack: nn.Module) -> tuple[list[Layer], Norm]:
+    """Four norms a layer, each with gain 1 + weight; local layers have a window and a rotary table of their own."""
+    layers = []
+    for layer in stack.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        layers.append(
+            Layer(
+                attention_norm=_gemma_norm(layer.input_layernorm),
+                q=attention.q_proj,
+                k=attention.k_proj,
+                v=attention.v_proj,
+                o=attention.o_proj,
+                q_norm=_gemma_norm(attention.q_norm),
+                k_norm=_gemma_norm(attention.k_norm),
+                attention_output_norm=_gemma_norm(layer.post_attention_layernorm),
+                mlp_norm=_gemma_norm(layer.pre_feedforward_layernorm),
+                gate=mlp.gate_proj,
+                up=mlp.up_proj,
+                down=mlp.down_proj,
+                mlp_output_norm=_gemma_norm(layer.post_feedforward_layernorm),
+                scaling=attention.scaling,
+                window=attention.sliding_window,
+                rope=attention.layer_type,
+            )
+        )
+    return layers, _gemma_norm(stack.norm)
+
+
+_ADAPTERS = {
+    "LlamaForCausalLM": _llama,
+    "MistralForCausalLM": _mistral,
+    "Qwen2ForCausalLM": _qwen,
+    "Qwen3ForCausalLM": _qwen,
+    "Gemma3ForCausalLM": _gemma3,
+    "Gemma3ForConditionalGeneration": _gemma3,
+}
+
+
+def _llama_layer(layer: nn.Module, *, window: int | None) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return Layer(
+        attention_norm=_norm(layer.input_layernorm),
+        q=attention.q_proj,
+        k=attention.k_proj,
+        v=attention.v_proj,
+        o=attention.o_proj,
+        q_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+        k_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        attention_output_norm=None,
+        mlp_norm=_norm(layer.post_attention_layernorm),
+        gate=mlp.gate_proj,
+        up=mlp.up_proj,
+        down=mlp.down_proj,
+        mlp_output_norm=None,
+        scaling=attention.scaling,
+        window=window,
+    )
+
+
+def _norm(module: nn.Module) -> Norm:
+    return Norm(module.weight.float(), module.variance_epsilon)
+
+
+def _gemma_norm(module: nn.Module) -> Norm:
+    return Norm(1 + module.weight.float(), module.eps)
+
+
+def _rotary(module: nn.Module, *, per_type: bool) -> Callable[[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """cos and sin by the model's own rotary module, so that every RoPE scaling is its own."""
+    types = set(module.rope_type.values()) if per_type else {module.rope_type}
+    # Their frequencies depend on the length of the sequence, so what is cached would change as it grows.
+    for rope_type in types & {"dynamic", "longrope"}:
+        raise ValueError(f"RoPE type {rope_type!r} cannot be cached: its frequencies change with the sequence's length")
+
+    def tables(rope: str, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        like = torch.empty((), dtype=torch.float32, device=positions.device)
+        cos, sin = module(like, positions[None], rope) if per_type else module(like, positions[None])
+        return cos[0], sin[0]
+
+    return tables

@@ -1,0 +1,126 @@
+"""The client of the attribution workers: batches requests, keeps a sequence on its worker, outlives a worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.exceptions import ActorUnavailableError, RayActorError
+
+from agd_vllm.records import Gate, Roi, ScoreRequest
+
+MAX_BATCH = 64
+MAX_FAILURES_IN_A_ROW = 5
+
+
+@dataclass(slots=True)
+class _Pending:
+    sequence: str
+    token_ids: Sequence[int]
+    roi: Roi
+    candidate_ids: tuple[int, ...]
+    scores: asyncio.Future
+
+
+@dataclass(slots=True)
+class _Lane:
+    """One worker as seen from here. One batch is under way at a time: what arrives meanwhile is the next batch."""
+
+    worker: Any
+    pending: deque[_Pending] = field(default_factory=deque)
+    held: dict[str, int] = field(default_factory=dict)  # sequence -> tokens that the worker has seen
+    released: list[str] = field(default_factory=list)
+    failures: int = 0
+    task: asyncio.Task | None = None
+
+
+class WorkerLost(Exception):
+    """An attribution worker failed too often in a row."""
+
+
+class AttributionPool:
+    """Scores gated steps on Ray actors of AttributionWorker.
+
+    A sequence sticks to the worker that has the fewest sequences when it first comes. With a stateful scorer a
+    request carries only the tokens since the last one; a worker that lost them is sent the whole sequence.
+    """
+
+    def __init__(self, workers: list[Any], stateful: bool, deadline_s: float):
+        self._lanes = [_Lane(worker) for worker in workers]
+        self._stateful = stateful
+        self._deadline_s = deadline_s
+        self._lane_of: dict[str, _Lane] = {}
+        self.waiting = 0
+        self.faults: Counter[str] = Counter()
+
+    async def score(self, sequence: str, token_ids: Sequence[int], roi: Roi, gate: Gate) -> list[float]:
+        """Scores of `gate.candidate_ids` after `token_ids` (prompt and output so far). Raises WorkerLost."""
+        lane = self._lane_of.get(sequence)
+        if lane is None:
+            lane = self._lane_of[sequence] = min(self._lanes, key=lambda lane: len(lane.held))
+            lane.held[sequence] = 0
+        pending = _Pending(sequence, token_ids, roi, gate.candidate_ids, asyncio.get_running_loop().create_future())
+        lane.pending.append(pending)
+        if lane.task is None or lane.task.done():
+            lane.task = asyncio.create_task(self._work_off(lane))
+        self.waiting += 1
+        try:
+            return await pending.scores
+        finally:
+            self.waiting -= 1
+
+    def release(self, sequence: str) -> None:
+        """The row has ended: its worker may drop its state (told with the next batch)."""
+        lane = self._lane_of.pop(sequence, None)
+        if lane is not None and lane.held.pop(sequence) and self._stateful:
+            lane.released.append(sequence)
+
+    async def _work_off(self, lane: _Lane) -> None:
+        while lane.pending:
+            batch = [lane.pending.popleft() for _ in range(min(MAX_BATCH, len(lane.pending)))]
+            batch = [pending for pending in batch if not pending.scores.done()]
+            try:
+                await self._score_batch(lane, batch)
+                lane.failures = 0
+            except (RayActorError, ActorUnavailableError, TimeoutError) as error:
+                # Ray restarts the actor; it knows nothing then.
+                self.faults["worker_restarts"] += 1
+                lane.failures += 1
+                lane.held = dict.fromkeys(lane.held, 0)
+                if lane.failures >= MAX_FAILURES_IN_A_ROW:
+                    self._fail(batch, WorkerLost(f"an attribution worker failed {lane.failures} times: {error}"))
+                else:
+                    lane.pending.extendleft(reversed(batch))
+                    await asyncio.sleep(lane.failures)
+            except Exception as error:
+                self._fail(batch, error)
+
+    @staticmethod
+    def _fail(batch: list[_Pending], error: Exception) -> None:
+        for pending in batch:
+            if not pending.scores.done():
+                pending.scores.set_exception(error)
+
+    async def _score_batch(self, lane: _Lane, batch: list[_Pending]) -> None:
+        requests = [self._request(lane, pending) for pending in batch]
+        released, lane.released = lane.released, []
+        async with asyncio.timeout(self._deadline_s):
+            results = await lane.worker.score.remote(requests, released)
+        for pending, scores in zip(batch, results, strict=True):
+            if scores is None:
+                lane.held[pending.sequence] = 0
+                self.faults["states_rebuilt"] += 1
+                lane.pending.append(pending)
+            elif not pending.scores.done():
+                if self._stateful and pending.sequence in lane.held:
+                    lane.held[pending.sequence] = len(pending.token_ids)
+                pending.scores.set_result(scores)
+
+    def _request(self, lane: _Lane, pending: _Pending) -> ScoreRequest:
+        start = lane.held.get(pending.sequence, 0)
+        return ScoreRequest(
+            pending.sequence, start, list(pending.token_ids[start:]), pending.roi, pending.candidate_ids
+        )

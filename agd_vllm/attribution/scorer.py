@@ -1,0 +1,65 @@
+"""What every scorer offers, and the factory that loads the one asked for and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from agd_vllm.records import ScoreRequest
+
+SCORERS = ("forward", "lxt")
+RULES = ("attnlrp", "cplrp", "ixg")
+
+
+class Scorer(Protocol):
+    """Scores candidates of guided steps. `stateful`: requests may carry only the tokens since the last step."""
+
+    stateful: bool
+
+    def score(self, requests: Sequence[ScoreRequest]) -> Sequence[list[float] | None]:
+        """One list of S(c, R) per request, in the order of its candidates.
+
+        None: a stateful scorer no longer holds the tokens before the request's `start` (or holds them under another
+        region); send the sequence again with `start` 0. Raises ValueError for a region outside the tokens or the model.
+        """
+
+    def release(self, sequence: str) -> None:
+        """The sequence is finished: what is held for it may go."""
+
+
+def load_scorer(
+    name: str,
+    model_path: str,
+    *,
+    rule: str = "attnlrp",
+    dtype: str = "float32",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    cache_bytes: int | None = None,
+) -> Scorer:
+    """Load a scorer by its name on the command line. Only that scorer's module is imported.
+
+    `forward`: forward-mode tangents with a cache of at most `cache_bytes`. `lxt`: the reference, reverse mode; it
+    keeps no cache. Raises ValueError for an unknown name or rule and for a model that attribution cannot read.
+    """
+    if name not in SCORERS:
+        raise ValueError(f"unknown scorer {name!r}; known: {', '.join(SCORERS)}")
+    if rule not in RULES:
+        raise ValueError(f"unknown attribution rule {rule!r}; known: {', '.join(RULES)}")
+    options = {
+        "rule": rule,
+        "dtype": dtype,
+        "device": device,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    if name == "lxt":
+        from agd_vllm.attribution.reference import ReferenceScorer
+
+        return ReferenceScorer(model_path, **options)
+    from agd_vllm.attribution.forward import ForwardScorer
+
+    if cache_bytes is not None:
+        options["cache_bytes"] = cache_bytes
+    return ForwardScorer(model_path, **options)

@@ -1,0 +1,48 @@
+"""The Ray actor that holds one Hugging Face copy of the model and scores batches of gated steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from agd_vllm.records import ScoreRequest
+
+
+@dataclass(frozen=True, slots=True)
+class AttributionSettings:
+    """What a worker is started with. `scorer` is `forward` or `lxt`, `rule` is `attnlrp`, `cplrp` or `ixg`."""
+
+    scorer: str
+    rule: str
+    dtype: str
+    threads: int | None = None
+
+
+class AttributionWorker:
+    """A plain class; the pipeline makes it a Ray actor. One call at a time."""
+
+    def __init__(self, model: str, revision: str | None, trust_remote_code: bool, settings: AttributionSettings):
+        import torch
+
+        from agd_vllm.attribution.scorer import load_scorer
+
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self._scorer = load_scorer(
+            settings.scorer,
+            model,
+            rule=settings.rule,
+            dtype=settings.dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+
+    def stateful(self) -> bool:
+        """Answers once the model is loaded: whether the scorer keeps sequences between calls."""
+        return self._scorer.stateful
+
+    def score(self, requests: Sequence[ScoreRequest], released: Sequence[str]) -> list[list[float] | None]:
+        """Scores in the order of `requests`; None asks for the whole sequence. `released` sequences have ended."""
+        for sequence in released:
+            self._scorer.release(sequence)
+        return self._scorer.score(requests)

@@ -1,0 +1,61 @@
+"""Admission by worst-case KV blocks: paused sessions are never preempted, so vLLM alone would deadlock."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from contextlib import asynccontextmanager
+
+from agd_vllm.records import PreparedRow, RowRefused
+
+
+class Admission:
+    """Lets a row in only while every session in flight could grow to its end, in the order of arrival.
+
+    A row reserves ceil((prompt + max_tokens) / block_size) blocks and one of `max_sessions` slots; vLLM keeps one
+    block for itself (the null block), so `num_blocks - 1` are to be had.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, max_sessions: int, max_model_len: int):
+        self._free_blocks = self._all_blocks = num_blocks - 1
+        self._free_slots = max_sessions
+        self._block_size = block_size
+        self._max_model_len = max_model_len
+        self._waiting: deque[tuple[int, asyncio.Future]] = deque()
+
+    def blocks(self, row: PreparedRow) -> int:
+        tokens = min(len(row.prompt_token_ids) + row.max_tokens, self._max_model_len)
+        return -(-tokens // self._block_size)
+
+    @asynccontextmanager
+    async def reserve(self, row: PreparedRow):
+        """Waits for room, holds it for the block's time. Raises RowRefused for a row larger than the whole cache."""
+        need = self.blocks(row)
+        if need > self._all_blocks:
+            raise RowRefused(
+                "too_long",
+                f"prompt and max_tokens need {need} KV blocks of {self._block_size} tokens, the whole cache has "
+                f"{self._all_blocks}; lower max_tokens or raise the cache (--engine-arg kv_cache_memory_bytes=...)",
+            )
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append((need, turn))
+        self._admit()
+        try:
+            await turn
+            yield
+        finally:
+            # A turn given in the very moment its row was cancelled is handed back all the same.
+            if not turn.cancelled():
+                self._free_blocks += need
+                self._free_slots += 1
+            self._admit()
+
+    def _admit(self) -> None:
+        # First come, first served: a large row at the head waits for room, and nothing small overtakes it for ever.
+        while self._waiting and self._free_slots and self._waiting[0][0] <= self._free_blocks:
+            need, turn = self._waiting.popleft()
+            if turn.cancelled():
+                continue
+            self._free_blocks -= need
+            self._free_slots -= 1
+            turn.set_result(None)

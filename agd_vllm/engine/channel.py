@@ -1,0 +1,83 @@
+"""How gated steps reach the engine actor from vLLM's worker process: one Unix datagram per engine step.
+
+A datagram sent while sampling arrives before the PAUSE token does, which travels through two more processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from agd_vllm.records import Gate
+
+# vLLM's processes inherit the actor's environment; a field of vLLM's config would change its compile-cache key.
+SOCKET_VARIABLE = "AGD_VLLM_GATE_SOCKET"
+REPORTS_PER_DATAGRAM = 64
+MAX_DATAGRAM = 1 << 16
+
+Report = tuple[int, int, float, list[int], list[float]]  # key, step, entropy, candidate ids, candidate probabilities
+
+
+class GateSender:
+    """The worker's end. Sending never raises: an exception in a logits processor kills the engine."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    def send(self, reports: list[Report]) -> None:
+        for start in range(0, len(reports), REPORTS_PER_DATAGRAM):
+            payload = msgspec.msgpack.encode(reports[start : start + REPORTS_PER_DATAGRAM])
+            # The receiver is gone only when its actor is; the engine then ends with it.
+            with contextlib.suppress(OSError):
+                self._socket.sendto(payload, self._path)
+
+
+class GateReceiver:
+    """The actor's end. Keeps the latest report of each row key.
+
+    The processor also reports rows of unfinished chunked prefills, whose sample vLLM discards: a report counts only
+    when its row's PAUSE arrives, and is looked up by (key, step).
+    """
+
+    def __init__(self):
+        self._folder = tempfile.TemporaryDirectory(prefix="agd-vllm-")
+        self.path = str(Path(self._folder.name) / "gate")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(self.path)
+        self._socket.setblocking(False)
+        self._latest: dict[int, Gate] = {}
+        self._decoder = msgspec.msgpack.Decoder(list[Report])
+        os.environ[SOCKET_VARIABLE] = self.path
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def drain(self) -> None:
+        """Reads all that has arrived. Called by the event loop too, or a full queue would block vLLM's worker."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                reports: Iterable[Report] = self._decoder.decode(self._socket.recv(MAX_DATAGRAM))
+                for key, step, entropy, ids, probs in reports:
+                    self._latest[key] = Gate(step, entropy, tuple(ids), tuple(probs))
+
+    def take(self, key: int, step: int) -> Gate:
+        """The report of row `key` at output step `step`. Raises LookupError when there is none."""
+        self.drain()
+        gate = self._latest.pop(key, None)
+        if gate is None or gate.step != step:
+            raise LookupError(f"no gate report for step {step} (latest: {gate.step if gate else None})")
+        return gate
+
+    def forget(self, key: int) -> None:
+        self._latest.pop(key, None)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._folder.cleanup()

@@ -1,0 +1,129 @@
+"""AsyncLLM with the gate installed: start, one session a row, shut down."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+from agd_vllm.engine.admission import Admission
+from agd_vllm.engine.channel import GateReceiver
+from agd_vllm.model import ModelInfo
+from agd_vllm.records import PreparedRow
+
+CPU_MEMORY_SHARE = 1 / 8
+
+
+@dataclass(frozen=True, slots=True)
+class GateSettings:
+    """AGD's gate: threshold `tau` in nats, candidate set size `top_k`, candidate floor `min_prob` (pi_min)."""
+
+    tau: float = 1.734
+    top_k: int = 5
+    min_prob: float = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What an engine is started with; `engine_args` go to vLLM's AsyncEngineArgs as they are and win."""
+
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    seed: int = 0
+    trust_remote_code: bool = False
+    threads: int | None = None
+    deadline_s: float = 600.0
+    engine_args: dict[str, Any] = field(default_factory=dict)
+
+
+class Engine:
+    """Make and use it inside one running event loop. `start()` loads the model and may take minutes."""
+
+    def __init__(self, model: ModelInfo, settings: EngineSettings, gate: GateSettings):
+        self._model = model
+        self._settings = settings
+        self._gate = gate
+        self._keys = itertools.count()
+
+    def start(self) -> None:
+        self._receiver = GateReceiver()
+        asyncio.get_running_loop().add_reader(self._receiver.fileno(), self._receiver.drain)
+        _set_environment(self._settings)
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_args()))
+        config = self._llm.vllm_config
+        self.max_model_len: int = config.model_config.max_model_len
+        self.max_sessions: int = config.scheduler_config.max_num_seqs
+        self._admission = Admission(
+            config.cache_config.num_gpu_blocks,
+            config.cache_config.block_size,
+            self.max_sessions,
+            self.max_model_len,
+        )
+
+    def _engine_args(self) -> dict[str, Any]:
+        settings = self._settings
+        args: dict[str, Any] = {
+            "model": self._model.path,
+            "revision": self._model.revision,
+            "dtype": settings.dtype,
+            "max_model_len": settings.max_model_len,
+            "seed": settings.seed,
+            "trust_remote_code": settings.trust_remote_code,
+            "enable_log_requests": False,
+            "disable_log_stats": True,
+            "logits_processors": ["agd_vllm.engine.gate:GateProcessor"],
+            # One block size for all layers: admission counts blocks of one kind.
+            "disable_hybrid_kv_cache_manager": True,
+            # A session preempted while its PAUSE is in flight would be lost.
+            "async_scheduling": False,
+        }
+        if _on_cpu() and "gpu_memory_utilization" not in settings.engine_args:
+            args["kv_cache_memory_bytes"] = int(psutil.virtual_memory().total * CPU_MEMORY_SHARE)
+        return args | settings.engine_args
+
+    @asynccontextmanager
+    async def session(self, row: PreparedRow, gated: bool, stops):
+        """Waits for room, opens the row's session, closes it at the end. Raises RowRefused for too large a row."""
+        from agd_vllm.engine.gate import GateParams
+        from agd_vllm.engine.session import Session
+
+        async with self._admission.reserve(row):
+            key = next(self._keys)
+            params = None
+            if gated:
+                gate = self._gate
+                params = GateParams(
+                    key, len(row.prompt_token_ids), self._model.pause_id, gate.tau, gate.top_k, gate.min_prob
+                )
+            session = Session(self._llm, self._receiver, row, stops, params, key, self._settings.deadline_s)
+            try:
+                yield session
+            finally:
+                await session.close()
+
+    def shutdown(self) -> None:
+        self._llm.shutdown()
+        self._receiver.close()
+
+
+def _on_cpu() -> bool:
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def _set_environment(settings: EngineSettings) -> None:
+    """vLLM reads these when it is imported or when its worker starts; what the user has set wins."""
+    # The gate is a Model Runner V1 logits processor.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if settings.threads is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))

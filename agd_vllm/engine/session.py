@@ -1,0 +1,117 @@
+"""One row in vLLM: a streaming-input session that pauses at gated steps and keeps its KV cache while it waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from vllm import SamplingParams
+from vllm.engine.protocol import StreamingInput
+from vllm.inputs import TokensPrompt
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from agd_vllm.engine.channel import GateReceiver
+from agd_vllm.engine.gate import GateParams
+from agd_vllm.engine.stops import StopCheck
+from agd_vllm.records import Gate, PreparedRow
+
+# With no stop string to look for, tokens between two pauses need no message of their own.
+NO_STREAMING = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The row's end; `reason` is `stop` or `length`."""
+
+    reason: str
+
+
+class SessionFailed(Exception):
+    """vLLM ended the session by itself (abort or error), or did not answer in time."""
+
+
+class Session:
+    """Use: `await next()` gives a Gate (paused) or Finished; after a Gate `select(token)` and `next()` again.
+
+    `close()` always, or vLLM keeps the session's slot and blocks.
+    """
+
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        receiver: GateReceiver,
+        row: PreparedRow,
+        stops: StopCheck,
+        gate: GateParams | None,
+        key: int,
+        deadline_s: float,
+    ):
+        self._row = row
+        self._stops = stops
+        self._gate = gate
+        self._key = key
+        self._receiver = receiver
+        self._deadline_s = deadline_s
+        self._chunks: asyncio.Queue[StreamingInput | None] = asyncio.Queue()
+        # vLLM extends the list it is given in place: a copy.
+        self._chunks.put_nowait(self._chunk(list(row.prompt_token_ids)))
+        self._outputs = llm.generate(self._inputs(), self._sampling_params(), request_id=f"{key}")
+        self.num_cached_tokens: int | None = None
+
+    async def _inputs(self) -> AsyncGenerator[StreamingInput, None]:
+        while (chunk := await self._chunks.get()) is not None:
+            yield chunk
+
+    def _sampling_params(self) -> SamplingParams:
+        """Parameters of the next chunk: vLLM counts max_tokens and min_tokens within a chunk, so both shrink."""
+        return SamplingParams(
+            temperature=0.0,
+            max_tokens=self._stops.remaining,
+            min_tokens=max(0, self._row.min_tokens - len(self._stops.token_ids)),
+            stop_token_ids=[*self._row.stop_token_ids, *([self._gate.pause_id] if self._gate else [])],
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            stream_interval=1 if self._row.stop else NO_STREAMING,
+            extra_args=self._gate.as_extra_args() if self._gate else None,
+            skip_clone=True,
+        )
+
+    def _chunk(self, token_ids: list[int]) -> StreamingInput:
+        return StreamingInput(TokensPrompt(prompt_token_ids=token_ids), self._sampling_params())
+
+    async def next(self) -> Gate | Finished:
+        """Decodes up to the next gated step or the end. Raises SessionFailed."""
+        while True:
+            try:
+                async with asyncio.timeout(self._deadline_s):
+                    output = await anext(self._outputs)
+            except TimeoutError as error:
+                raise SessionFailed(f"vLLM gave no token for {self._deadline_s:g} s") from error
+            except StopAsyncIteration as error:
+                raise SessionFailed("vLLM closed the session") from error
+            if self.num_cached_tokens is None:
+                self.num_cached_tokens = output.num_cached_tokens
+            completion = output.outputs[0]
+            for token_id in completion.token_ids:
+                # A stop reason of an earlier chunk sticks in vLLM's outputs: only the token itself tells.
+                if self._gate is not None and token_id == self._gate.pause_id:
+                    return self._receiver.take(self._key, len(self._stops.token_ids))
+                if reason := self._stops.add(token_id):
+                    return Finished(reason)
+            if completion.finish_reason is not None:
+                raise SessionFailed(f"vLLM ended the session early ({completion.finish_reason})")
+
+    def select(self, token_id: int) -> Finished | None:
+        """Takes `token_id` at the paused step: ends the row (returned) or sends it to vLLM, which decodes on."""
+        if reason := self._stops.add(token_id):
+            return Finished(reason)
+        self._chunks.put_nowait(self._chunk([token_id]))
+        return None
+
+    async def close(self) -> None:
+        """Ends the session in vLLM, finished or not, and frees its slot and blocks."""
+        self._receiver.forget(self._key)
+        self._chunks.put_nowait(None)
+        await self._outputs.aclose()

@@ -1,0 +1,1 @@
+"""From rows to decoded rows: engines, attribution workers and the loop that joins them."""

@@ -1,0 +1,239 @@
+"""The public class: a model with its engines and attribution workers, in the manner of vllm.LLM."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from agd_vllm.attribution.worker import AttributionSettings
+from agd_vllm.engine.engine import EngineSettings, GateSettings
+from agd_vllm.model import inspect_model
+from agd_vllm.pipeline import placement
+from agd_vllm.pipeline.replica import ReplicaInfo
+from agd_vllm.pipeline.source import Source
+from agd_vllm.prepare import Preparer
+from agd_vllm.reader import check_rows
+from agd_vllm.records import DecodedRow, InputRow, RowError
+from agd_vllm.schema import parse_selector_option
+
+STRATEGIES = ("agd", "greedy")
+COLLECT_WAIT_S = 0.5
+# Rows handed to an engine beyond its sessions, so that a slot never waits for the driver.
+ROWS_AHEAD = 32
+
+log = logging.getLogger("agd_vllm")
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderOptions:
+    """All that a run can be asked for; the names are the command line's. Raises ValueError with one line each."""
+
+    model: str
+    strategy: str = "agd"
+    tau: float = 1.734
+    top_k: int = 5
+    min_prob: float = 0.05
+    roi: str = "role=system"
+    scorer: str = "lxt"
+    rule: str = "attnlrp"
+    engines: int = 1
+    attribution_workers: int = 1
+    max_tokens: int = 256
+    max_model_len: int | None = None
+    dtype: str = "auto"
+    attribution_dtype: str | None = None
+    seed: int = 0
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.strategy in STRATEGIES, f"strategy {self.strategy!r}: choose one of {', '.join(STRATEGIES)}"),
+            (self.tau >= 0, f"tau {self.tau}: must be 0 or more (nats)"),
+            (self.top_k >= 2, f"top_k {self.top_k}: a choice needs at least 2 candidates"),
+            (0 <= self.min_prob <= 1, f"min_prob {self.min_prob}: must lie between 0 and 1"),
+            (self.engines >= 1, f"engines {self.engines}: at least 1"),
+            (self.attribution_workers >= 1, f"attribution_workers {self.attribution_workers}: at least 1"),
+            (self.max_tokens >= 1, f"max_tokens {self.max_tokens}: at least 1"),
+            (self.max_model_len is None or self.max_model_len >= 1, f"max_model_len {self.max_model_len}: at least 1"),
+        )
+        for fine, message in checks:
+            if not fine:
+                raise ValueError(message)
+
+    @property
+    def guided(self) -> bool:
+        return self.strategy == "agd"
+
+
+class Decoder:
+    """Decodes rows on Ray: `engines` vLLM engines, `attribution_workers` copies of the model for scoring.
+
+    with Decoder(model="...", tau=1.734) as decoder:
+        for row in decoder.decode(rows):
+            print(row.id, row.text, row.steps)
+
+    Takes the keyword arguments of DecoderOptions, or one as `options`. The model is checked at once and loaded by
+    `start()` (called by `with` and by the first `decode`). Raises ValueError for a model or option it cannot use.
+    """
+
+    def __init__(self, model: str | None = None, *, options: DecoderOptions | None = None, **kwargs: Any):
+        if options is None:
+            options = DecoderOptions(model=model, **kwargs)
+        self.options = options
+        self._default_roi = parse_selector_option(options.roi)
+        self.model, self.tokenizer = inspect_model(
+            options.model,
+            guided=options.guided,
+            revision=options.engine_args.get("revision"),
+            trust_remote_code=options.trust_remote_code,
+        )
+        self._cluster: placement.Cluster | None = None
+        self._replicas: list[Any] = []
+        self._workers: list[Any] = []
+        self._progress: dict[int, Any] = {}
+        self.load_seconds = 0.0
+
+    def preparer(self, max_model_len: int | None = None) -> Preparer:
+        """Rows to tokens and token weights under this run's defaults; `max_model_len` as the engine reports it."""
+        options = self.options
+        return Preparer(
+            self.tokenizer,
+            default_roi=self._default_roi,
+            guided=options.guided,
+            max_tokens=options.max_tokens,
+            max_model_len=max_model_len or options.max_model_len or self.model.max_model_len,
+            chat_template_kwargs=options.chat_template_kwargs,
+        )
+
+    def start(self) -> None:
+        """Starts Ray, engines and workers, if not done yet. Raises RuntimeError where one cannot start."""
+        if self._replicas:
+            return
+        begun = time.perf_counter()
+        options = self.options
+        workers = options.attribution_workers if options.guided else 0
+        self._cluster = placement.connect(options.engines + workers, options.debug)
+        try:
+            self._make_actors(workers)
+        except Exception:
+            self.close()
+            raise
+        self.load_seconds = time.perf_counter() - begun
+
+    def _make_actors(self, workers: int) -> None:
+        options = self.options
+        engine = EngineSettings(
+            dtype=options.dtype,
+            max_model_len=options.max_model_len,
+            seed=options.seed,
+            trust_remote_code=options.trust_remote_code,
+            engine_args={key: value for key, value in options.engine_args.items() if key != "revision"},
+        )
+        gate = GateSettings(options.tau, options.top_k, options.min_prob)
+        attribution = AttributionSettings(options.scorer, options.rule, options.attribution_dtype or options.dtype)
+        self._replicas = [
+            placement.make_replica(self._cluster, self.model, engine, gate, options.debug)
+            for _ in range(options.engines)
+        ]
+        self._workers = [placement.make_worker(self._cluster, self.model, attribution) for _ in range(workers)]
+        infos: list[ReplicaInfo] = ray.get([replica.start.remote() for replica in self._replicas])
+        self._info = infos[0]
+        if workers:
+            stateful = ray.get([worker.stateful.remote() for worker in self._workers])[0]
+            ray.get([replica.attach.remote(self._workers, stateful) for replica in self._replicas])
+
+    def decode(
+        self, rows: Iterable[dict[str, Any]], on_error: Callable[[RowError], None] | None = None
+    ) -> Iterator[DecodedRow]:
+        """Decodes `rows` (dicts as in the input file) and yields them in completion order.
+
+        Rows are taken as room allows, so `rows` may be endless. A row that cannot be decoded goes to `on_error`
+        (default: a warning in the log) and the rest goes on.
+        """
+        report = on_error or _warn
+        for outcome in self.outcomes(check_rows(rows)):
+            if isinstance(outcome, RowError):
+                report(outcome)
+            elif outcome is not None:
+                yield outcome
+
+    def outcomes(self, items: Iterable[InputRow | RowError]) -> Iterator[DecodedRow | RowError | None]:
+        """As `decode`, for rows that are parsed already: every item comes out exactly once, decoded or as an error.
+
+        None comes now and then while nothing ends, for callers that have something else to do in time.
+        """
+        self.start()
+        source = Source(items, self.preparer(self._info.max_model_len))
+        window = self._info.max_sessions + ROWS_AHEAD
+        loads = dict.fromkeys(range(len(self._replicas)), 0)
+        calls: dict[Any, int] = {}
+        while True:
+            for index in sorted(loads, key=loads.__getitem__):
+                rows = source.take(window - loads[index])
+                if rows:
+                    self._replicas[index].submit.remote(rows)
+                    loads[index] += len(rows)
+            yield from source.refused()
+            calling = set(calls.values())
+            for index, load in loads.items():
+                if load and index not in calling:
+                    calls[self._replicas[index].collect.remote(COLLECT_WAIT_S)] = index
+            if not calls:
+                if source.exhausted:
+                    return
+                continue
+            done, _ = ray.wait(list(calls), num_returns=1)
+            for call in done:
+                index = calls.pop(call)
+                ended, self._progress[index] = ray.get(call)
+                loads[index] -= len(ended)
+                for row in ended:
+                    yield source.outcome(row)
+            yield None
+
+    @property
+    def waiting_for_attribution(self) -> int:
+        """Rows that wait for scores, as last heard."""
+        return sum(progress.waiting_for_attribution for progress in self._progress.values())
+
+    @property
+    def faults(self) -> dict[str, int]:
+        """Counts of what went wrong and was mended since the start."""
+        total: dict[str, int] = {}
+        for progress in self._progress.values():
+            for fault, count in progress.faults.items():
+                total[fault] = total.get(fault, 0) + count
+        return total
+
+    def close(self) -> None:
+        """Stops the actors, and Ray if this decoder started it. Safe to call twice."""
+        for replica in self._replicas:
+            try:
+                ray.get(replica.stop.remote(), timeout=30)
+            except Exception as error:
+                log.debug("an engine did not stop by itself: %s", error)
+        for actor in [*self._replicas, *self._workers]:
+            ray.kill(actor)
+        self._replicas, self._workers = [], []
+        if self._cluster is not None:
+            placement.disconnect(self._cluster)
+            self._cluster = None
+
+    def __enter__(self) -> Decoder:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _warn(error: RowError) -> None:
+    log.warning("row %s (line %d): %s", error.id, error.line, error.message)

@@ -1,0 +1,107 @@
+"""The Ray actor around one engine: takes rows, runs their loops side by side, hands back what has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from agd_vllm.attribution.pool import AttributionPool
+from agd_vllm.chat import load_tokenizer
+from agd_vllm.engine.engine import Engine, EngineSettings, GateSettings
+from agd_vllm.model import ModelInfo
+from agd_vllm.pipeline.row_loop import decode_row
+from agd_vllm.records import DecodedRow, PreparedRow, RowRefused
+
+POOL_DEADLINE_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class RowFailed:
+    """A row that could not be decoded; `type` and `message` as in errors.jsonl."""
+
+    id: str
+    type: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    max_model_len: int
+    max_sessions: int
+    load_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Counts since the start: output tokens and guided steps of ended rows, rows that wait for scores now."""
+
+    waiting_for_attribution: int
+    faults: dict[str, int]
+
+
+class Replica:
+    """A plain class; `placement` makes it an async Ray actor."""
+
+    def __init__(self, model: ModelInfo, engine: EngineSettings, gate: GateSettings, debug: bool):
+        self._model = model
+        self._engine = Engine(model, engine, gate)
+        self._pool: AttributionPool | None = None
+        self._ended: asyncio.Queue[DecodedRow | RowFailed] = asyncio.Queue()
+        self._tasks: set[asyncio.Task] = set()
+        self._faults: Counter[str] = Counter()
+        if not debug:
+            logging.getLogger("vllm").setLevel(logging.ERROR)
+
+    async def start(self) -> ReplicaInfo:
+        """Loads the model; raises what vLLM raises."""
+        begun = time.perf_counter()
+        self._tokenizer = load_tokenizer(
+            self._model.path, revision=self._model.revision, trust_remote_code=self._model.trust_remote_code
+        )
+        self._engine.start()
+        return ReplicaInfo(self._engine.max_model_len, self._engine.max_sessions, time.perf_counter() - begun)
+
+    async def attach(self, workers: list[Any], stateful: bool) -> None:
+        """Names the attribution workers. Without this call rows are decoded greedily."""
+        self._pool = AttributionPool(workers, stateful, POOL_DEADLINE_S)
+
+    async def submit(self, rows: list[PreparedRow]) -> None:
+        for row in rows:
+            task = asyncio.create_task(self._decode(row))
+            # The loop keeps only weak references to tasks.
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _decode(self, row: PreparedRow) -> None:
+        try:
+            ended = await decode_row(self._engine, self._pool, row, self._tokenizer, self._model.eos_ids, self._faults)
+        except RowRefused as refused:
+            ended = RowFailed(row.id, refused.type, str(refused))
+        except Exception as error:
+            ended = RowFailed(row.id, "decode", f"{type(error).__name__}: {error}")
+        self._ended.put_nowait(ended)
+
+    async def collect(self, wait_s: float) -> tuple[list[DecodedRow | RowFailed], Progress]:
+        """All rows that have ended since the last call; waits up to `wait_s` seconds for the first."""
+        ended = []
+        try:
+            async with asyncio.timeout(wait_s):
+                ended.append(await self._ended.get())
+        except TimeoutError:
+            pass
+        while not self._ended.empty():
+            ended.append(self._ended.get_nowait())
+        return ended, self._progress()
+
+    def _progress(self) -> Progress:
+        faults = self._faults.copy()
+        if self._pool is not None:
+            faults.update(self._pool.faults)
+        return Progress(self._pool.waiting if self._pool else 0, {k: n for k, n in faults.items() if n})
+
+    async def stop(self) -> None:
+        self._engine.shutdown()

@@ -1,0 +1,125 @@
+"""A dataset from input files to an output directory: what `agd-vllm decode` and the Ray job do."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from rich.console import Console
+
+from agd_vllm.dry_run import dry_run
+from agd_vllm.pipeline.decoder import Decoder, DecoderOptions
+from agd_vllm.pipeline.progress import ProgressLine, print_summary
+from agd_vllm.reader import IdSet, check_inputs, read_rows
+from agd_vllm.records import InputRow, RowError
+from agd_vllm.summary import count_outputs, open_run, read_summary, write_summary
+from agd_vllm.version import __version__
+from agd_vllm.writer import RunWriter
+
+# What may change between the invocations of one run: where it runs, not what it decodes.
+NOT_IDENTITY = ("engines", "attribution_workers", "debug")
+PACKAGES = ("vllm", "torch", "transformers", "lxt", "ray")
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """Where rows come from and results go; parts become durable after `part_rows` rows or `part_seconds` seconds."""
+
+    inputs: tuple[str, ...]
+    output: str
+    limit: int | None = None
+    resume: bool = True
+    part_rows: int = 500
+    part_seconds: float = 60.0
+
+
+def run_dataset(settings: RunSettings, options: DecoderOptions) -> int:
+    """Decodes the dataset, resuming what is there, and prints table and output path; returns the failed rows' count.
+
+    Raises ValueError, InputUnusable or OutputUnusable before any model is loaded, later OutputFailed or RuntimeError.
+    """
+    check_inputs(settings.inputs)
+    decoder = Decoder(options=options)
+    identity = _identity(settings, options)
+    open_run(settings.output, identity, settings.resume)
+    notes = Console(stderr=True)
+    with RunWriter(settings.output, settings.part_rows, settings.part_seconds) as writer:
+        rows = _remaining(settings, writer.completed_ids())
+        first = next(rows, None)
+        if first is None:
+            notes.print("nothing left to decode", highlight=False)
+            seconds = 0.0
+        else:
+            seconds = _decode(decoder, itertools.chain([first], rows), writer, notes)
+    earlier = read_summary(settings.output)
+    summary = _summary(settings, decoder, identity, earlier, seconds)
+    write_summary(settings.output, summary)
+    print_summary(Console(), summary, settings.output)
+    return summary["failed"]
+
+
+def preview(inputs: tuple[str, ...], options: DecoderOptions, limit: int | None) -> int:
+    """`--dry-run`: no model is loaded; returns the count of rows that would fail."""
+    check_inputs(inputs)
+    rows = itertools.islice(read_rows(inputs), limit)
+    return dry_run(rows, Decoder(options=options).preparer(), Console()).refused
+
+
+def _remaining(settings: RunSettings, completed: IdSet) -> Iterator[InputRow | RowError]:
+    """Rows not completed by an earlier invocation; errors come again, and the writer knows those it has."""
+    for row in itertools.islice(read_rows(settings.inputs), settings.limit):
+        if isinstance(row, RowError) or row.id not in completed:
+            yield row
+
+
+def _decode(decoder: Decoder, rows: Iterable[InputRow | RowError], writer: RunWriter, notes: Console) -> float:
+    """Returns the seconds of decoding, loading not counted."""
+    notes.print(f"loading {decoder.model.path} ...", highlight=False, soft_wrap=True)
+    with decoder, ProgressLine(notes) as progress:
+        for outcome in decoder.outcomes(rows):
+            if outcome is not None:
+                writer.fail(outcome) if isinstance(outcome, RowError) else writer.add(outcome)
+                progress.count(outcome)
+            writer.flush_if_due()
+            progress.show(decoder.waiting_for_attribution)
+        writer.flush()
+        return progress.seconds
+
+
+def _identity(settings: RunSettings, options: DecoderOptions) -> dict[str, Any]:
+    parameters = {key: value for key, value in asdict(options).items() if key not in NOT_IDENTITY}
+    return {"inputs": list(settings.inputs), **parameters}
+
+
+def _summary(
+    settings: RunSettings, decoder: Decoder, identity: dict[str, Any], earlier: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    counts = count_outputs(settings.output)
+    total = earlier.get("seconds", 0.0) + seconds
+    faults = dict(earlier.get("faults", {}))
+    for fault, count in decoder.faults.items():
+        faults[fault] = faults.get(fault, 0) + count
+    return {
+        **counts,
+        "seconds": total,
+        "load_seconds": earlier.get("load_seconds", 0.0) + decoder.load_seconds,
+        "tokens_per_second": counts["output_tokens"] / total if total else 0.0,
+        "faults": faults,
+        **identity,
+        "engines": decoder.options.engines,
+        "attribution_workers": decoder.options.attribution_workers,
+        "versions": {"agd-vllm": __version__, **{name: _version(name) for name in PACKAGES}},
+    }
+
+
+def _version(package: str) -> str | None:
+    """The version of `package` or of its CPU build, which has a name of its own."""
+    for name in (package, f"{package}-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None

@@ -1,0 +1,54 @@
+"""The way in: parsed rows are prepared as engines have room, refused ones set aside, those in flight remembered."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from agd_vllm.pipeline.replica import RowFailed
+from agd_vllm.prepare import Preparer
+from agd_vllm.records import DecodedRow, InputRow, PreparedRow, RowError, RowRefused
+
+
+class Source:
+    """Parsed rows on their way to the engines: prepares them, remembers those in flight by id, sets errors aside."""
+
+    def __init__(self, items: Iterable[InputRow | RowError], preparer: Preparer):
+        self._items = iter(items)
+        self._preparer = preparer
+        self._in_flight: dict[str, InputRow] = {}
+        self._refused: list[RowError] = []
+        self.exhausted = False
+
+    def take(self, count: int) -> list[PreparedRow]:
+        """Up to `count` rows; fewer when the items end, or after as many refused ones, so that those get out."""
+        rows: list[PreparedRow] = []
+        while len(rows) + len(self._refused) < count:
+            item = next(self._items, None)
+            if item is None:
+                self.exhausted = True
+                break
+            if isinstance(item, RowError):
+                self._refused.append(item)
+                continue
+            try:
+                rows.append(self._preparer.prepare(item))
+            except RowRefused as refused:
+                self._refused.append(_row_error(item, refused.type, str(refused)))
+            else:
+                self._in_flight[item.id] = item
+        return rows
+
+    def refused(self) -> list[RowError]:
+        refused, self._refused = self._refused, []
+        return refused
+
+    def outcome(self, ended: DecodedRow | RowFailed) -> DecodedRow | RowError:
+        row = self._in_flight.pop(ended.id)
+        if isinstance(ended, RowFailed):
+            return _row_error(row, ended.type, ended.message)
+        return dataclasses.replace(ended, metadata=row.metadata)
+
+
+def _row_error(row: InputRow, type: str, message: str) -> RowError:
+    return RowError(input=row.raw, line=row.line, id=row.id, type=type, message=message)

@@ -1,0 +1,182 @@
+"""A model's chat template: renders messages to text and knows where each message's own words stand in it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from agd_vllm.records import RowRefused
+
+# Marks that rows cannot guess, so that no text of theirs is ever mistaken for one. They never reach a prompt.
+_NONCE = secrets.token_hex(8)
+_WRAPPED = re.compile(rf"\ue000{_NONCE}:(\d+)\ue001(.*?)\ue001{_NONCE}:\1\ue000", re.DOTALL)
+
+Messages = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where words of a message stand in the rendered text: text[start:end] is content[offset : offset + end - start].
+
+    All three count Unicode code points.
+    """
+
+    start: int
+    end: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """The text of a prompt and the places of each content in it.
+
+    For chat rows `contents` and `roles` run over the messages as given; a raw prompt is one content without a role.
+    A message that cannot be found in the text has no places and its reason in `faults`, to follow "message 0 (system)".
+    """
+
+    text: str
+    contents: tuple[str, ...]
+    roles: tuple[str, ...]
+    places: tuple[tuple[Place, ...], ...]
+    faults: Mapping[int, str]
+
+    @property
+    def is_chat(self) -> bool:
+        return bool(self.roles)
+
+
+def raw_prompt(prompt: str) -> Rendered:
+    """A `prompt` row: its text as it is, all of it the row's own words."""
+    return Rendered(prompt, (prompt,), (), ((Place(0, len(prompt), 0),),), {})
+
+
+class ChatTemplate:
+    """The chat template that comes with a tokenizer; rows never bring one."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self._tokenizer = tokenizer
+        # Arguments of the renderer, and names of special tokens: no variables for a user to set.
+        self._reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"documents"}
+        self._reserved |= {"messages", *tokenizer.special_tokens_map}
+
+    def reserved(self, kwargs: Mapping[str, Any]) -> list[str]:
+        """The names in `kwargs` that are not the template's own variables and so cannot be set."""
+        return sorted(self._reserved.intersection(kwargs))
+
+    def render(self, messages: Messages, kwargs: Mapping[str, Any]) -> Rendered:
+        """Renders a prompt for the next answer; a last message of role assistant is left open, to be continued.
+
+        Raises RowRefused when the model has no template, or the template refuses the messages.
+        """
+        if self._tokenizer.chat_template is None:
+            raise RowRefused(
+                "chat_template", "the model has no chat template; give the row as `prompt`, or use a chat model"
+            )
+        try:
+            text = self._apply(messages, kwargs)
+        except Exception as error:  # a template is a program of the model's, and may fail in any way
+            raise RowRefused("chat_template", f"the chat template refuses the row: {one_line(error)}") from error
+        found, faults = self._locate(text, messages, kwargs)
+        return Rendered(
+            text=text,
+            contents=tuple(message["content"] for message in messages),
+            roles=tuple(message["role"] for message in messages),
+            places=tuple(tuple(found.get(i, ())) for i in range(len(messages))),
+            faults=faults,
+        )
+
+    def _apply(self, messages: Messages, kwargs: Mapping[str, Any]) -> str:
+        continued = messages[-1]["role"] == "assistant"
+        return self._tokenizer.apply_chat_template(
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=not continued,
+            continue_final_message=continued,
+            **kwargs,
+        )
+
+    def _locate(
+        self, text: str, messages: Messages, kwargs: Mapping[str, Any]
+    ) -> tuple[dict[int, list[Place]], dict[int, str]]:
+        """Finds each content in `text` by rendering again with the contents wrapped between marks.
+
+        All are wrapped at once. A template that looks into a message may then go another way: each is tried alone.
+        """
+        filled = [i for i, message in enumerate(messages) if message["content"]]
+        faults = {i: "is empty" for i in range(len(messages)) if i not in filled}
+        found = self._align(text, messages, kwargs, filled)
+        if found is None:
+            found = {}
+            for i in filled:
+                alone = self._align(text, messages, kwargs, [i])
+                if alone is None or (not alone and messages[i]["content"].strip() in text):
+                    faults[i] = "is changed by the chat template"
+                else:
+                    found.update(alone)
+        for i in filled:
+            if i not in found:
+                faults.setdefault(i, "is left out by the chat template")
+        return found, faults
+
+    def _align(
+        self, text: str, messages: Messages, kwargs: Mapping[str, Any], wrapped: list[int]
+    ) -> dict[int, list[Place]] | None:
+        """Places of the `wrapped` messages, or None if `text` is not the template's parts with the contents between."""
+        marked = [dict(message) for message in messages]
+        for i in wrapped:
+            marked[i]["content"] = f"\ue000{_NONCE}:{i}\ue001{messages[i]['content']}\ue001{_NONCE}:{i}\ue000"
+        try:
+            pieces = _WRAPPED.split(self._apply(marked, kwargs))
+        except Exception:  # it rendered the real contents, so it is the marks that it cannot bear
+            return None
+        parts, indices, inner = pieces[::3], [int(i) for i in pieces[1::3]], pieces[2::3]
+        whole = all(words == messages[i]["content"] for i, words in zip(indices, inner, strict=True))
+        if not whole or any(_NONCE in part for part in parts):
+            return None
+        # Every end that the text so far can have, with the places that lead there: templates trim or do not trim.
+        ends: dict[int, tuple] = {0: ()}
+        for part, i in zip(parts, indices, strict=False):
+            after: dict[int, tuple] = {}
+            for end, trail in ends.items():
+                start = end + len(part)
+                if text.startswith(part, end):
+                    for offset, form in _forms(messages[i]["content"]):
+                        if text.startswith(form, start):
+                            place = Place(start, start + len(form), offset)
+                            after.setdefault(place.end, (trail, i, place))
+            ends = after
+        for end, trail in ends.items():
+            if text[end:] == parts[-1]:
+                return _places(trail)
+        return None
+
+
+def one_line(error: Exception) -> str:
+    """The words of an error on one line, cut where they grow long."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= 300 else line[:297] + "..."
+
+
+def _forms(content: str) -> Iterator[tuple[int, str]]:
+    """The ways in which templates write a content: as given or trimmed, each with the characters lost at its start."""
+    yield 0, content
+    if content[0].isspace() or content[-1].isspace():
+        lost = len(content) - len(content.lstrip())
+        yield lost, content.strip()
+        yield lost, content.lstrip()
+        yield 0, content.rstrip()
+
+
+def _places(trail: tuple) -> dict[int, list[Place]]:
+    """Unwinds a trail (earlier trail, message, place) into the places of each message."""
+    found: dict[int, list[Place]] = {}
+    while trail:
+        trail, i, place = trail
+        found.setdefault(i, []).append(place)
+    return found

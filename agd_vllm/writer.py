@@ -1,0 +1,363 @@
+"""The output directory: Parquet parts and `errors.jsonl`, durable in steps and whole after any death.
+
+What a reader may look at appears by a rename of a finished file. Each part has a number: `steps/part-N.parquet` is
+renamed into place before `results/part-N.parquet`, so a row in `results` has its steps, and steps of a part without
+results are those of a run that died between the two, whose rows are decoded again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from typing import Any, BinaryIO
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from agd_vllm.reader import DUPLICATE_ID, IdSet
+from agd_vllm.records import DecodedRow, GuidedStep, RowError
+
+ERRORS = "errors.jsonl"
+LOCK = ".lock"
+ERROR_BUFFER_BYTES = 16 << 20  # an error carries its row, which may be large: part_rows alone would not bound memory
+
+_SPAN = pa.struct([("start", pa.int32()), ("end", pa.int32()), ("weight", pa.float32())])
+RESULTS_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("text", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("roi_spans", pa.list_(_SPAN)),
+        ("finish_reason", pa.string()),
+        ("num_guided", pa.int32()),
+        ("metadata", pa.string()),
+    ]
+)
+STEPS_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("step", pa.int32()),
+        ("entropy", pa.float32()),
+        ("candidate_ids", pa.list_(pa.int32())),
+        ("candidate_probs", pa.list_(pa.float32())),
+        ("scores", pa.list_(pa.float32())),
+        ("chosen_id", pa.int32()),
+        ("greedy_id", pa.int32()),
+    ]
+)
+
+
+class OutputFailed(Exception):
+    """The output cannot be written or read back. One line; what was durable before is whole, and a resume goes on."""
+
+
+class OutputDirectory:
+    """Files under a local path or any fsspec URL, each written whole or not at all.
+
+    Raises:
+        OutputFailed: from every method, for whatever fault the storage has.
+    """
+
+    def __init__(self, directory: str):
+        self.name = directory
+        with self.faults(""):
+            self._fs, self._root = fsspec.url_to_fs(directory)
+        self.local = isinstance(self._fs, LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}" if name else self._root
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names of the files in a folder, hidden ones too; none where there is no such folder."""
+        with self.faults(folder):
+            self._fs.invalidate_cache()
+            try:
+                return sorted(os.path.basename(path) for path in self._fs.ls(self.path(folder), detail=False))
+            except FileNotFoundError:
+                return []
+
+    def parts(self, folder: str) -> dict[int, str]:
+        """Part numbers of `results` or `steps`, ascending, with their names relative to the directory."""
+        found = ((re.fullmatch(r"part-(\d+)\.parquet", name), name) for name in self.names(folder))
+        return dict(sorted((int(match[1]), f"{folder}/{name}") for match, name in found if match))
+
+    def is_file(self) -> bool:
+        with self.faults(""):
+            return self._fs.isfile(self._root)
+
+    def make_folder(self, name: str) -> None:
+        with self.faults(name):
+            self._fs.makedirs(self.path(name), exist_ok=True)
+            if self.local:
+                self._sync("")
+
+    def open(self, name: str) -> BinaryIO:
+        with self.faults(name):
+            return self._fs.open(self.path(name), "rb")
+
+    def remove(self, name: str) -> None:
+        with self.faults(name):
+            self._fs.rm_file(self.path(name))
+
+    def rename(self, name: str, new: str) -> None:
+        with self.faults(name):
+            self._fs.mv(self.path(name), self.path(new))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Puts a file into place at once and, on a local disk, durably. A temporary name beside it is hidden."""
+        folder, _, base = name.rpartition("/")
+        temporary = self.path(f"{folder}/.{base}.tmp" if folder else f".{base}.tmp")
+        with self.faults(name):
+            self._fs.makedirs(self.path(folder), exist_ok=True)  # object stores drop empty folders
+            try:
+                with self._fs.open(temporary, "wb") as file:
+                    file.write(data)
+                    if self.local:
+                        file.flush()
+                        os.fsync(file.fileno())
+                if self.local:
+                    os.replace(temporary, self.path(name))
+                    self._sync(folder)
+                else:
+                    self._fs.mv(temporary, self.path(name))
+            except BaseException:
+                with suppress(Exception):  # the first fault is the one to tell of
+                    self._fs.rm_file(temporary)
+                raise
+
+    def write_from(self, name: str, offset: int, data: bytes) -> None:
+        """Replaces all of a file from `offset` on, durably; what stood before it is kept whatever happens."""
+        if not self.local:  # object stores cannot append
+            kept = self._read(name)[:offset] if offset else b""
+            return self.write(name, kept + data)
+        with self.faults(name), open(self.path(name), "ab") as file:
+            file.truncate(offset)  # not what an earlier try left behind that ran into a full disk
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            if not offset:
+                self._sync("")
+
+    def _read(self, name: str) -> bytes:
+        with self.open(name) as file, self.faults(name):
+            return file.read()
+
+    def _sync(self, folder: str) -> None:
+        """Makes a rename or a new file durable, which is a change of its folder."""
+        descriptor = os.open(self.path(folder), os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def faults(self, name: str) -> Iterator[None]:
+        """One line for any fault: every file system raises kinds of its own, hence Exception."""
+        try:
+            yield
+        except OutputFailed:
+            raise
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+            where = f"{self.name.rstrip('/')}/{name}" if name else self.name
+            raise OutputFailed(f"output {where}: {reason}; mend that and run the same command again") from error
+
+
+class RunWriter:
+    """Takes decoded and failed rows, and makes them durable after `part_rows` rows or `part_seconds` seconds.
+
+    Opening it mends what a dead run left: temporary files and steps without results go, a torn last line of
+    `errors.jsonl` is cut off, a results part without a Parquet footer (a copy broken off, on storage that cannot
+    rename) is set aside under a hidden name. A part that is in place is never touched again. Rows that are buffered
+    when the process dies are decoded again by a resume. Not thread-safe; a flush blocks for as long as the disk takes.
+    Raises:
+        OutputFailed: from every method, where the storage fails, or at once where another process writes here.
+    """
+
+    def __init__(self, directory: str, part_rows: int = 500, part_seconds: float = 60):
+        self._output = OutputDirectory(directory)
+        self._part_rows = part_rows
+        self._part_seconds = part_seconds
+        self._rows: list[DecodedRow] = []
+        self._errors: list[bytes] = []
+        self._error_bytes = 0
+        self._since: float | None = None
+        self._completed = IdSet()
+        self._unowned: Counter[bytes] = Counter()
+        self._lock = self._take_lock()
+        for folder in ("results", "steps"):
+            self._output.make_folder(folder)
+        self._remove_temporaries()
+        self._next_part = self._recover_parts()
+        self._errors_end = self._recover_errors()
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After a failed write the same rows would only fail again, and hide the first fault.
+        if not (kind and issubclass(kind, OutputFailed)):
+            self.flush()
+        self._release_lock()
+
+    def completed_ids(self) -> IdSet:
+        """The ids of all rows added or failed, by earlier runs too: a resume does not decode them again."""
+        return self._completed
+
+    def add(self, row: DecodedRow) -> bool:
+        """Takes a decoded row. False, and nothing done, where its id is completed: it was decoded twice."""
+        if not self._completed.add(row.id):
+            return False
+        self._rows.append(row)
+        self._buffered()
+        return True
+
+    def fail(self, error: RowError) -> bool:
+        """Takes a failed row. False, and nothing done, where it is completed, or an earlier run has recorded it.
+
+        A resume reads all rows again, hence the second case. An error without an id, or of a row that repeats another
+        row's id, completes no id: it is known by its line and input, as often as they occur (in several files).
+        """
+        if error.id is None or error.type == DUPLICATE_ID:
+            key = _unowned_key(error.line, error.input)
+            if self._unowned[key]:
+                self._unowned[key] -= 1
+                return False
+        elif not self._completed.add(error.id):
+            return False
+        fault = {"type": error.type, "message": error.message}
+        record = {"input": error.input, "line": error.line, "id": error.id, "error": fault}
+        # Messages may quote names that are no Unicode; as JSON escapes they can be written.
+        self._errors.append(json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
+        self._error_bytes += len(self._errors[-1])
+        self._buffered()
+        return True
+
+    def flush_if_due(self) -> None:
+        """Writes what is buffered if there is enough of it or it is old enough; for the caller's loop, now and then."""
+        full = len(self._rows) + len(self._errors) >= self._part_rows or self._error_bytes >= ERROR_BUFFER_BYTES
+        if full or (self._since is not None and time.monotonic() - self._since >= self._part_seconds):
+            self.flush()
+
+    def flush(self) -> None:
+        """Makes everything taken so far durable. Whatever fails stays buffered."""
+        if self._rows:
+            part = f"part-{self._next_part:05d}.parquet"
+            steps = [(row.id, step) for row in self._rows for step in row.steps]
+            self._output.write(f"steps/{part}", _parquet(_steps_table(steps)))
+            self._output.write(f"results/{part}", _parquet(_results_table(self._rows)))
+            self._next_part += 1
+            self._rows = []
+        if self._errors:
+            data = b"".join(self._errors)
+            self._output.write_from(ERRORS, self._errors_end, data)
+            self._errors_end += len(data)
+            self._errors, self._error_bytes = [], 0
+        self._since = None
+
+    def close(self) -> None:
+        """Flushes, and lets another process write into the directory."""
+        self.flush()
+        self._release_lock()
+
+    def _buffered(self) -> None:
+        if self._since is None:
+            self._since = time.monotonic()
+        self.flush_if_due()
+
+    def _take_lock(self) -> BinaryIO | None:
+        """Two runs at once would use the same part numbers. The lock ends with this process, however it dies."""
+        if not self._output.local:
+            return None
+        with self._output.faults(""):
+            os.makedirs(self._output.path(""), exist_ok=True)
+            lock = open(self._output.path(LOCK), "ab")  # noqa: SIM115 (held until close)
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                lock.close()
+                message = f"output {self._output.name}: another run is writing there; wait for it or stop it"
+                raise OutputFailed(message) from None
+            except OSError:
+                pass  # some network file systems have no locks
+            return lock
+
+    def _release_lock(self) -> None:
+        if self._lock:
+            self._lock.close()
+
+    def _remove_temporaries(self) -> None:
+        for folder in ("", "results/", "steps/"):
+            for name in self._output.names(folder.rstrip("/")):
+                if name.startswith(".") and name.endswith(".tmp"):
+                    self._output.remove(folder + name)
+
+    def _recover_parts(self) -> int:
+        """Takes note of the ids in `results`; the number of the next part."""
+        whole = []
+        for number, name in self._output.parts("results").items():
+            with self._output.open(name) as file, self._output.faults(name):
+                try:
+                    ids = pq.read_table(file, columns=["id"])["id"].to_pylist()
+                except pa.ArrowInvalid:
+                    ids = None
+            if ids is None:
+                self._output.rename(name, f"results/.part-{number:05d}.parquet.torn")
+                continue
+            whole.append(number)
+            for id in ids:
+                self._completed.add(id)
+        for number, name in self._output.parts("steps").items():
+            if number not in whole:
+                self._output.remove(name)
+        return max(whole, default=-1) + 1
+
+    def _recover_errors(self) -> int:
+        """Takes note of the rows in `errors.jsonl`; the size of its whole lines."""
+        end = 0
+        if ERRORS in self._output.names():
+            with self._output.open(ERRORS) as file, self._output.faults(ERRORS):
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    end += len(line)
+                    record = json.loads(line)
+                    if record["id"] is None or record["error"]["type"] == DUPLICATE_ID:
+                        self._unowned[_unowned_key(record["line"], record["input"])] += 1
+                    else:
+                        self._completed.add(record["id"])
+        self._output.write_from(ERRORS, end, b"")
+        return end
+
+
+def _unowned_key(line: int, input: Any) -> bytes:
+    return hashlib.blake2b(json.dumps([line, input]).encode(), digest_size=16).digest()
+
+
+def _results_table(rows: list[DecodedRow]) -> pa.Table:
+    columns = {name: [getattr(row, name) for row in rows] for name in RESULTS_SCHEMA.names}
+    columns["roi_spans"] = [[asdict(span) for span in row.roi_spans] for row in rows]
+    return pa.table(columns, schema=RESULTS_SCHEMA)
+
+
+def _steps_table(steps: list[tuple[str, GuidedStep]]) -> pa.Table:
+    columns = {name: [getattr(step, name) for _, step in steps] for name in STEPS_SCHEMA.names if name != "id"}
+    return pa.table({"id": [id for id, _ in steps], **columns}, schema=STEPS_SCHEMA)
+
+
+def _parquet(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
