@@ -32,7 +32,7 @@ def region(selectors: Iterable[Selector], rendered: Rendered, tokens: Tokens) ->
         for start, end in _ranges(selector, rendered):
             chosen.update(range(bisect_right(ends, start), bisect_left(starts, end)))
         if not chosen:
-            raise _refused(selector, "the tokenizer keeps nothing of these characters")
+            raise _refused(selector, "no token covers these characters")
         for position in chosen:
             weights[lying[position][0]] += weight
     if not weights:

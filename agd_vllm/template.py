@@ -178,5 +178,5 @@ def _places(trail: tuple) -> dict[int, list[Place]]:
     found: dict[int, list[Place]] = {}
     while trail:
         trail, i, place = trail
-        found.setdefault(i, []).append(place)
+        found.setdefault(i, []).insert(0, place)
     return found

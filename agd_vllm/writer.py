@@ -142,11 +142,18 @@ class OutputDirectory:
         if not self.local:  # object stores cannot append
             kept = self._read(name)[:offset] if offset else b""
             return self.write(name, kept + data)
-        with self.faults(name), open(self.path(name), "ab") as file:
-            file.truncate(offset)  # not what an earlier try left behind that ran into a full disk
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        # Unbuffered: closing a file must not try again to write what has just failed.
+        with self.faults(name), open(self.path(name), "ab", buffering=0) as file:
+            file.truncate(offset)
+            try:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except BaseException:
+                with suppress(OSError):  # the next try begins with it, too
+                    file.truncate(offset)
+                raise
             if not offset:
                 self._sync("")
 

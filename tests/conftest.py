@@ -1,15 +1,136 @@
-"""Fixtures shared by all tests: the real demo model."""
+"""Fixtures shared by all tests: the real demo model, an engine of its own loop, plain vLLM as the oracle."""
 
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agd_vllm import demo_model
+from agd_vllm.records import Gate, PreparedRow
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+DEMO_ROWS = CHECKOUT / "examples/demo.jsonl"
+# Small and quick to start: no compilation, a cache for a few dozen short rows.
+ENGINE_ARGS = {"enforce_eager": True, "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 30, "max_num_seqs": 32}
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct, as `make demo` prepares it."""
     return demo_model.fetch("smollm2-135m-instruct", CHECKOUT / ".cache/models/smollm2-135m-instruct")
+
+
+def prepared_demo_rows(model: Path, count: int, max_tokens: int) -> list[PreparedRow]:
+    """The first demo rows as the engine takes them, with their regions."""
+    from agd_vllm.chat import load_tokenizer
+    from agd_vllm.prepare import Preparer
+    from agd_vllm.reader import read_rows
+    from agd_vllm.schema import parse_selector_option
+
+    preparer = Preparer(
+        load_tokenizer(str(model)),
+        default_roi=parse_selector_option("role=system"),
+        guided=True,
+        max_tokens=max_tokens,
+        max_model_len=1024,
+    )
+    rows = [preparer.prepare(row) for row in list(read_rows([str(DEMO_ROWS)]))[:count]]
+    return [PreparedRow(row.id, row.prompt_token_ids, row.roi, max_tokens) for row in rows]
+
+
+def plain_vllm(model: Path, rows: Iterable[tuple[list[int], dict[str, Any]]], output: Path) -> list[dict[str, Any]]:
+    """Greedy outputs of plain `vllm.LLM` in float32: token_ids, text and finish_reason of each (prompt, parameters)."""
+    job = {
+        "model": str(model),
+        "engine_args": {"dtype": "float32", **ENGINE_ARGS},
+        "rows": [{"prompt_token_ids": prompt, "params": params} for prompt, params in rows],
+        "output": str(output),
+    }
+    command = [sys.executable, str(CHECKOUT / "tests/plain_vllm.py")]
+    subprocess.run(command, input=json.dumps(job), text=True, check=True, capture_output=True, timeout=600)
+    return json.loads(output.read_text())
+
+
+class Chooser:
+    """In the attribution pool's place: scores that a test makes up from the gate, so that it decides the selection."""
+
+    def __init__(self, scores):
+        self._scores = scores
+        self.gates: dict[str, list[Gate]] = {}
+        self.contexts: dict[str, list[list[int]]] = {}
+
+    async def score(self, sequence, token_ids, roi, gate):
+        self.gates.setdefault(sequence, []).append(gate)
+        self.contexts.setdefault(sequence, []).append(list(token_ids))
+        await asyncio.sleep(0)
+        return self._scores(gate)
+
+    def release(self, sequence):
+        pass
+
+
+def first_candidate(gate: Gate) -> list[float]:
+    return [1.0] + [0.0] * (len(gate.candidate_ids) - 1)
+
+
+def last_candidate(gate: Gate) -> list[float]:
+    return [0.0] * (len(gate.candidate_ids) - 1) + [1.0]
+
+
+class EngineThread:
+    """An Engine in an event loop of its own, as in a replica."""
+
+    def __init__(self, model: Path, **engine_args: Any):
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from agd_vllm.engine.engine import Engine, EngineSettings, GateSettings
+        from agd_vllm.model import inspect_model
+
+        self.info, self.tokenizer = inspect_model(str(model), guided=True)
+        args = {key: value for key, value in (ENGINE_ARGS | engine_args).items() if value is not None}
+        settings = EngineSettings(dtype="float32", max_model_len=args.pop("max_model_len"), engine_args=args)
+        self.engine = Engine(self.info, settings, GateSettings())
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self.run(self._start())
+
+    async def _start(self) -> None:
+        self.engine.start()
+
+    def run(self, coroutine, timeout: float = 300):
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout)
+
+    def decode(self, rows: list[PreparedRow], pool=None, **gate: float):
+        """Decodes rows side by side under a gate of these settings; exceptions come as results."""
+        from collections import Counter
+
+        from agd_vllm.engine.engine import GateSettings
+        from agd_vllm.pipeline.row_loop import decode_row
+
+        self.engine._gate = GateSettings(**gate)
+
+        async def everything():
+            loops = (decode_row(self.engine, pool, row, self.tokenizer, self.info.eos_ids, Counter()) for row in rows)
+            return await asyncio.gather(*loops, return_exceptions=True)
+
+        return self.run(everything())
+
+    def close(self) -> None:
+        async def stop():
+            self.engine.shutdown()
+
+        self.run(stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+
+@pytest.fixture(scope="session")
+def engine(smollm2):
+    thread = EngineThread(smollm2, worker_extension_cls="worker_probe.WorkerProbe")
+    yield thread
+    thread.close()

@@ -91,7 +91,7 @@ class GateProcessor(LogitsProcessor):
         self._top_k = max((p.top_k for p in params), default=0)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """`logits` [batch, vocab], changed in place: PAUSE becomes the argmax of gated rows and impossible elsewhere."""
+        """`logits` [batch, vocab], changed in place: PAUSE becomes the argmax of gated rows, impossible elsewhere."""
         if not self._rows:
             return logits
         everyone = len(self._indices) == logits.shape[0]
