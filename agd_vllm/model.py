@@ -10,6 +10,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from agd_vllm.attribution.architectures import check_supported
 from agd_vllm.chat import load_tokenizer
+from agd_vllm.template import one_line
 
 RESERVED_NAME = re.compile(r"reserved|unused", re.IGNORECASE)
 NAMED_TOKENS = ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id", "sep_token_id", "cls_token_id")
@@ -38,7 +39,7 @@ def inspect_model(
     try:
         config = AutoConfig.from_pretrained(path, **source)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model {path}: cannot read its configuration: {first_line(error)}") from error
+        raise ValueError(f"--model {path}: cannot read its configuration: {one_line(error)}") from error
     if guided:
         check_supported(config)
     tokenizer = load_tokenizer(path, **source)
@@ -72,10 +73,6 @@ def find_pause_token(tokenizer: PreTrainedTokenizerFast, config: PretrainedConfi
             "model.resize_token_embeddings), save the model and use that"
         )
     return max(free, key=lambda token_id: (bool(RESERVED_NAME.search(free[token_id])), token_id))
-
-
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _looks_like_path(path: str) -> bool:

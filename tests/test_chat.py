@@ -217,17 +217,6 @@ def test_empty_messages_are_named_so():
     assert rendered.places[1]
 
 
-def test_kwargs_reach_the_template():
-    tokenizer = tiny("byte_level")
-    template = tokenizer.chat_template
-    tokenizer.chat_template = "{{ tone }}: " + template
-    try:
-        messages = [{"role": "user", "content": "Hi"}]
-        assert ChatTemplate(tokenizer).render(messages, {"tone": "kind"}).text.startswith("kind: <|start|>")
-    finally:
-        tokenizer.chat_template = template
-
-
 def test_no_template():
     with pytest.raises(RowRefused, match="no chat template; give the row as `prompt`") as refusal:
         ChatTemplate(tiny("byte_level", None)).render([{"role": "user", "content": "Hi"}], {})

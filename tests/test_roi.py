@@ -125,7 +125,7 @@ def test_all_bytes_of_a_character_belong(kind):
 
 
 def test_combining_marks():
-    """Bytes of a mark have tokens of their own; composed with its letter, it has none, and the letter's token speaks."""
+    # A mark's bytes have tokens of their own; composed with its letter, it is in the letter's token.
     assert prompt_region("cafe\u0301", Selector(chars=(4, 5))) == [("\u0301", 1.0)] * 2
     assert prompt_region("cafe\u0301", Selector(chars=(3, 5)), kind="wordpiece") == [("cafe", 1.0)]
 
@@ -163,7 +163,8 @@ def test_spans_are_maximal_runs_of_one_weight():
 
 
 def test_one_selector_counts_a_token_once():
-    assert prompt_region("sentence", Selector(text="e")) == [("sentence", 1.0)]
+    # "ence" holds two occurrences.
+    assert prompt_region("sentence", Selector(text="e")) == [("ent", 1.0), ("ence", 1.0)]
 
 
 def test_decimal_weights_cancel_as_they_read():

@@ -268,13 +268,13 @@ def script(mode, directory, *more, **options):
 
 
 def test_kill_9_at_random_moments(tmp_path):
-    source = mixed_input(tmp_path / "rows.jsonl", 800)
+    source = mixed_input(tmp_path / "rows.jsonl", 400)
     out = tmp_path / "out"
     moments = random.Random(5)
     before = {}
     for _ in range(4):
         child = script("run", out, source)
-        for _ in range(moments.randrange(50, 180)):
+        for _ in range(moments.randrange(20, 95)):
             child.stdout.readline()
         time.sleep(moments.random() / 100)
         child.kill()
@@ -296,7 +296,7 @@ def test_kill_9_at_random_moments(tmp_path):
 
 @pytest.mark.parametrize("fault", ["kill", "full"])
 def test_a_death_or_a_full_disk_at_each_file_operation(tmp_path, fault):
-    source = mixed_input(tmp_path / "rows.jsonl", 16)
+    source = mixed_input(tmp_path / "rows.jsonl", 11)
     child = script(f"each-{fault}", tmp_path, source)
     _, log = child.communicate()
     assert child.returncode == 0, log
@@ -453,7 +453,7 @@ LINES = (ENCODED | ENCODED | BROKEN | ENCODED.map(lambda line: line[:-2]) | NEST
 seen = Counter()
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
 @given(st.lists(LINES, min_size=20, max_size=30))
 def each_line_ends_in_exactly_one_place(base, lines):
     seen["runs"] += 1
@@ -461,7 +461,7 @@ def each_line_ends_in_exactly_one_place(base, lines):
     directory.mkdir()
     (directory / "rows.jsonl").write_bytes(b"\n".join(lines))
     source, out = str(directory / "rows.jsonl"), directory / "out"
-    run([source], str(out), part_rows=7)
+    run([source], str(out), part_rows=15)
     lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
     filled = {number for number, line in enumerate(lines, start=1) if line.strip()}
     line_of = {row.id: row.line for row in read_rows([source]) if isinstance(row, InputRow)}
@@ -471,7 +471,7 @@ def each_line_ends_in_exactly_one_place(base, lines):
     for row in table(out, "results"):
         json.loads(row["metadata"])
     again = parts(out, "results")
-    run([source], str(out), part_rows=7)
+    run([source], str(out), part_rows=15)
     assert (parts(out, "results"), [error["line"] for error in errors(out)]) == (again, failed)
     seen.update(lines=len(filled), decoded=len(results), failed=len(failed))
 
@@ -479,7 +479,7 @@ def each_line_ends_in_exactly_one_place(base, lines):
 def test_each_of_many_hostile_lines_ends_in_exactly_one_place(tmp_path):
     seen.clear()
     each_line_ends_in_exactly_one_place(tmp_path)
-    assert seen["lines"] >= 2000 and seen["decoded"] >= 200 and seen["failed"] >= 1000, seen
+    assert seen["lines"] >= 2000 and seen["decoded"] >= 100 and seen["failed"] >= 1000, seen
 
 
 # The process that dies

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 
 from vllm import SamplingParams
 from vllm.engine.protocol import StreamingInput
@@ -13,23 +12,13 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from agd_vllm.engine.channel import GateReceiver
+from agd_vllm.engine.events import Finished, SessionFailed
 from agd_vllm.engine.gate import GateParams
 from agd_vllm.engine.stops import StopCheck
 from agd_vllm.records import Gate, PreparedRow
 
 # With no stop string to look for, tokens between two pauses need no message of their own.
 NO_STREAMING = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The row's end; `reason` is `stop` or `length`."""
-
-    reason: str
-
-
-class SessionFailed(Exception):
-    """vLLM ended the session by itself (abort or error), or did not answer in time."""
 
 
 class Session:

@@ -111,6 +111,7 @@ class Decoder:
             max_tokens=options.max_tokens,
             max_model_len=max_model_len or options.max_model_len or self.model.max_model_len,
             chat_template_kwargs=options.chat_template_kwargs,
+            pause_token_id=self.model.pause_id,
         )
 
     def start(self) -> None:
@@ -143,7 +144,9 @@ class Decoder:
             placement.make_replica(self._cluster, self.model, engine, gate, options.debug)
             for _ in range(options.engines)
         ]
-        self._workers = [placement.make_worker(self._cluster, self.model, attribution) for _ in range(workers)]
+        self._workers = [
+            placement.make_worker(self._cluster, self.model, attribution, options.debug) for _ in range(workers)
+        ]
         infos: list[ReplicaInfo] = ray.get([replica.start.remote() for replica in self._replicas])
         self._info = infos[0]
         if workers:

@@ -64,19 +64,21 @@ def make_replica(cluster: Cluster, model: ModelInfo, engine: EngineSettings, gat
     """An engine actor, not started yet; a GPU of its own (tensor_parallel_size many) where the cluster has GPUs."""
     gpus = int(engine.engine_args.get("tensor_parallel_size", 1)) if cluster.gpus else 0
     actor = ray.remote(Replica).options(
-        num_cpus=1, num_gpus=gpus, max_concurrency=REPLICA_CONCURRENCY, runtime_env=_runtime_env()
+        num_cpus=1, num_gpus=gpus, max_concurrency=REPLICA_CONCURRENCY, runtime_env=_runtime_env(debug)
     )
     return actor.remote(model, engine, gate, debug)
 
 
-def make_worker(cluster: Cluster, model: ModelInfo, settings: AttributionSettings) -> Any:
+def make_worker(cluster: Cluster, model: ModelInfo, settings: AttributionSettings, debug: bool) -> Any:
     """An attribution actor; it loads its model while it is made, `stateful` answers when it has."""
     actor = ray.remote(AttributionWorker).options(
-        num_cpus=1, num_gpus=1 if cluster.gpus else 0, max_restarts=WORKER_RESTARTS, runtime_env=_runtime_env()
+        num_cpus=1, num_gpus=1 if cluster.gpus else 0, max_restarts=WORKER_RESTARTS, runtime_env=_runtime_env(debug)
     )
     return actor.remote(model.path, model.revision, model.trust_remote_code, settings)
 
 
-def _runtime_env() -> dict[str, Any]:
-    # Quiet libraries write to the actors' logs otherwise, once for every actor.
-    return {"env_vars": {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}}
+def _runtime_env(debug: bool) -> dict[str, Any]:
+    variables = {"TOKENIZERS_PARALLELISM": "false"}  # several actors share the cores
+    if not debug:
+        variables |= {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return {"env_vars": variables}

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from agd_vllm.attribution.pool import AttributionPool
 from agd_vllm.engine.engine import Engine
-from agd_vllm.engine.session import Finished
+from agd_vllm.engine.events import Finished
 from agd_vllm.engine.stops import StopCheck
 from agd_vllm.records import DecodedRow, Gate, GuidedStep, PreparedRow
 
