@@ -64,7 +64,11 @@ def _json_object(_ctx: click.Context, _param: click.Parameter, given: str) -> di
     help="Region for rows that name none: role=ROLE, message=N, text=WORDS, or none (decode such rows unguided).",
 )
 @click.option(
-    "--scorer", type=click.Choice(["forward", "lxt"]), help="How relevance is computed: forward or reverse mode."
+    "--scorer",
+    type=click.Choice(["forward", "lxt"]),
+    default="forward",
+    show_default=True,
+    help="Forward-mode AttnLRP, or the reference in reverse mode.",
 )
 @click.option(
     "--rule",
@@ -120,8 +124,6 @@ def decode(
     for name, value in (("--limit", limit), ("--part-rows", part_rows)):
         if value is not None and value < 1:
             raise click.UsageError(f"{name} {value}: at least 1")
-    if options["scorer"] is None:
-        del options["scorer"]
     decoder_options = DecoderOptions(**options)
     if dry_run:
         failed = preview(inputs, decoder_options, limit)
@@ -166,7 +168,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _fail_with(error: Exception) -> int:
     from agd_vllm.reader import InputUnusable
-    from agd_vllm.writer import OutputFailed, OutputUnusable
+    from agd_vllm.summary import OutputUnusable
+    from agd_vllm.writer import OutputFailed
 
     if isinstance(error, ValueError | InputUnusable | OutputUnusable):
         return _fail(str(error), UNUSABLE)

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from agd_vllm.attribution.worker import AttributionSettings
+from agd_vllm.engine.arguments import check_engine_args
 from agd_vllm.engine.engine import EngineSettings, GateSettings
 from agd_vllm.model import inspect_model
 from agd_vllm.pipeline import placement
@@ -39,7 +40,7 @@ class DecoderOptions:
     top_k: int = 5
     min_prob: float = 0.05
     roi: str = "role=system"
-    scorer: str = "lxt"
+    scorer: str = "forward"
     rule: str = "attnlrp"
     engines: int = 1
     attribution_workers: int = 1
@@ -89,6 +90,7 @@ class Decoder:
             options = DecoderOptions(model=model, **kwargs)
         self.options = options
         self._default_roi = parse_selector_option(options.roi)
+        check_engine_args(options.engine_args)
         self.model, self.tokenizer = inspect_model(
             options.model,
             guided=options.guided,

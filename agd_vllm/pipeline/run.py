@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rich.console import Console
@@ -13,15 +12,14 @@ from rich.console import Console
 from agd_vllm.dry_run import dry_run
 from agd_vllm.pipeline.decoder import Decoder, DecoderOptions
 from agd_vllm.pipeline.progress import ProgressLine, print_summary
+from agd_vllm.pipeline.versions import versions
 from agd_vllm.reader import IdSet, check_inputs, read_rows
 from agd_vllm.records import InputRow, RowError
 from agd_vllm.summary import count_outputs, open_run, read_summary, write_summary
-from agd_vllm.version import __version__
 from agd_vllm.writer import RunWriter
 
 # What may change between the invocations of one run: where it runs, not what it decodes.
 NOT_IDENTITY = ("engines", "attribution_workers", "debug")
-PACKAGES = ("vllm", "torch", "transformers", "lxt", "ray")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +109,5 @@ def _summary(
         **identity,
         "engines": decoder.options.engines,
         "attribution_workers": decoder.options.attribution_workers,
-        "versions": {"agd-vllm": __version__, **{name: _version(name) for name in PACKAGES}},
+        "versions": versions(),
     }
-
-
-def _version(package: str) -> str | None:
-    """The version of `package` or of its CPU build, which has a name of its own."""
-    for name in (package, f"{package}-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return None

@@ -1,0 +1,37 @@
+"""Checks `--engine-arg` before any model is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+# Set by options of their own, or by what sessions need.
+OWN = {
+    "model": "--model",
+    "tokenizer": "--model",
+    "dtype": "--dtype",
+    "max_model_len": "--max-model-len",
+    "seed": "--seed",
+    "trust_remote_code": "--trust-remote-code",
+}
+FIXED = ("logits_processors", "disable_hybrid_kv_cache_manager", "async_scheduling", "scheduling_policy")
+
+
+def check_engine_args(given: dict[str, Any]) -> None:
+    """Raises ValueError for a name that vLLM does not know, or that agd-vllm sets itself."""
+    if not given:
+        return
+    # vLLM's import takes seconds and is paid only by those who pass arguments to it.
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    for name in given:
+        if name in OWN:
+            raise ValueError(f"--engine-arg {name}: use {OWN[name]}")
+        if name in FIXED:
+            raise ValueError(f"--engine-arg {name}: set by agd-vllm, whose sessions depend on it; leave it out")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            raise ValueError(f"--engine-arg {name}: vLLM has no such engine argument{hint}")
