@@ -114,9 +114,10 @@ class EngineThread:
         from agd_vllm.pipeline.row_loop import decode_row
 
         self.engine._gate = GateSettings(**gate)
+        self.faults = Counter()
 
         async def everything():
-            loops = (decode_row(self.engine, pool, row, self.tokenizer, self.info.eos_ids, Counter()) for row in rows)
+            loops = (decode_row(self.engine, pool, row, self.tokenizer, self.info.eos_ids, self.faults) for row in rows)
             return await asyncio.gather(*loops, return_exceptions=True)
 
         return self.run(everything())

@@ -33,7 +33,7 @@ def next_step(model, ids: list[int], spans, tau: float, top_k: int, min_prob: fl
     scores = []
     for candidate in candidates:
         (gradient,) = torch.autograd.grad(logits[candidate], embeddings, retain_graph=True)
-        relevance = (gradient * embeddings).sum(-1)[0]
+        relevance = (gradient * embeddings.detach()).sum(-1)[0]
         scores.append(sum(weight * float(relevance[start:end].sum()) for start, end, weight in spans))
     best = max(range(len(scores)), key=scores.__getitem__)
     return step | {"candidates": candidates, "scores": scores, "choice": candidates[best]}

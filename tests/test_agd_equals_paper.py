@@ -18,7 +18,8 @@ def runs(smollm2, tmp_path_factory):
     """Run directories of the command line, one for each threshold."""
     folder = tmp_path_factory.mktemp("agd")
     rows = [json.loads(line) for line in DEMO_ROWS.read_text().splitlines()]
-    chosen = [row for row in rows if "messages" in row][:ROWS]
+    # The shortest, because the loop starts from the prompt again at every step.
+    chosen = sorted((row for row in rows if "messages" in row), key=lambda row: len(str(row["messages"])))[:ROWS]
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps({**row, "max_tokens": TOKENS}) + "\n" for row in chosen))
     directories = {}

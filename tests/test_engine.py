@@ -148,3 +148,12 @@ def test_pause_is_never_emitted(engine, rows):
     pause = engine.info.pause_id
     for row in engine.decode(rows, Chooser(last_candidate), tau=0.0):
         assert pause not in row.token_ids
+
+
+def test_nan_scores_fall_back_to_the_greedy_token_and_are_counted(engine, rows, plain):
+    def broken(gate):
+        return [float("nan")] + [1.0] * (len(gate.candidate_ids) - 1)
+
+    decoded = engine.decode(rows[:3], Chooser(broken), tau=0.0)
+    assert_equal(decoded, plain[0][:3])
+    assert engine.faults["nan_scores"] == sum(row.num_guided for row in decoded) > 0

@@ -15,19 +15,14 @@ class AttributionSettings:
     scorer: str
     rule: str
     dtype: str
-    threads: int | None = None
 
 
 class AttributionWorker:
     """A plain class; the pipeline makes it a Ray actor. One call at a time."""
 
     def __init__(self, model: str, revision: str | None, trust_remote_code: bool, settings: AttributionSettings):
-        import torch
-
         from agd_vllm.attribution.scorer import load_scorer
 
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
         self._scorer = load_scorer(
             settings.scorer,
             model,

@@ -36,8 +36,7 @@ class EngineSettings:
     max_model_len: int | None = None
     seed: int = 0
     trust_remote_code: bool = False
-    threads: int | None = None
-    deadline_s: float = 600.0
+    deadline_s: float = 300.0
     engine_args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -53,7 +52,7 @@ class Engine:
     def start(self) -> None:
         self._receiver = GateReceiver()
         asyncio.get_running_loop().add_reader(self._receiver.fileno(), self._receiver.drain)
-        _set_environment(self._settings)
+        _set_environment()
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -109,6 +108,10 @@ class Engine:
             finally:
                 await session.close()
 
+    @property
+    def dead(self) -> bool:
+        return self._llm.errored
+
     def shutdown(self) -> None:
         self._llm.shutdown()
         self._receiver.close()
@@ -120,10 +123,8 @@ def _on_cpu() -> bool:
     return not torch.cuda.is_available()
 
 
-def _set_environment(settings: EngineSettings) -> None:
+def _set_environment() -> None:
     """vLLM reads these when it is imported or when its worker starts; what the user has set wins."""
     # The gate is a Model Runner V1 logits processor.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if settings.threads is not None:
-        os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))

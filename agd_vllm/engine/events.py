@@ -13,4 +13,8 @@ class Finished:
 
 
 class SessionFailed(Exception):
-    """vLLM ended the session by itself (abort or error), or did not answer in time."""
+    """vLLM ended the session by itself (abort or error)."""
+
+
+class SessionStalled(SessionFailed):
+    """vLLM gave no token in time; prompt and tokens so far can be given to a new session."""

@@ -12,13 +12,13 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from agd_vllm.engine.channel import GateReceiver
-from agd_vllm.engine.events import Finished, SessionFailed
+from agd_vllm.engine.events import Finished, SessionFailed, SessionStalled
 from agd_vllm.engine.gate import GateParams
 from agd_vllm.engine.stops import StopCheck
 from agd_vllm.records import Gate, PreparedRow
 
-# With no stop string to look for, tokens between two pauses need no message of their own.
-NO_STREAMING = 1 << 20
+# With no stop string to look for, most tokens need no message of their own; some show that the session is alive.
+STREAM_INTERVAL = 64
 
 
 class Session:
@@ -44,8 +44,8 @@ class Session:
         self._receiver = receiver
         self._deadline_s = deadline_s
         self._chunks: asyncio.Queue[StreamingInput | None] = asyncio.Queue()
-        # vLLM extends the list it is given in place: a copy.
-        self._chunks.put_nowait(self._chunk(list(row.prompt_token_ids)))
+        # A new list, because vLLM extends it in place; with the output so far, where an earlier session stalled.
+        self._chunks.put_nowait(self._chunk(row.prompt_token_ids + stops.token_ids))
         self._outputs = llm.generate(self._inputs(), self._sampling_params(), request_id=f"{key}")
         self.num_cached_tokens: int | None = None
 
@@ -62,7 +62,7 @@ class Session:
             stop_token_ids=[*self._row.stop_token_ids, *([self._gate.pause_id] if self._gate else [])],
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
-            stream_interval=1 if self._row.stop else NO_STREAMING,
+            stream_interval=1 if self._row.stop else STREAM_INTERVAL,
             extra_args=self._gate.as_extra_args() if self._gate else None,
             skip_clone=True,
         )
@@ -71,13 +71,13 @@ class Session:
         return StreamingInput(TokensPrompt(prompt_token_ids=token_ids), self._sampling_params())
 
     async def next(self) -> Gate | Finished:
-        """Decodes up to the next gated step or the end. Raises SessionFailed."""
+        """Decodes up to the next gated step or the end. Raises SessionFailed or SessionStalled."""
         while True:
             try:
                 async with asyncio.timeout(self._deadline_s):
                     output = await anext(self._outputs)
             except TimeoutError as error:
-                raise SessionFailed(f"vLLM gave no token for {self._deadline_s:g} s") from error
+                raise SessionStalled(f"vLLM gave no token for {self._deadline_s:g} s") from error
             except StopAsyncIteration as error:
                 raise SessionFailed("vLLM closed the session") from error
             if self.num_cached_tokens is None:

@@ -15,7 +15,7 @@ from agd_vllm.engine.arguments import check_engine_args
 from agd_vllm.engine.engine import EngineSettings, GateSettings
 from agd_vllm.model import inspect_model
 from agd_vllm.pipeline import placement
-from agd_vllm.pipeline.replica import ReplicaInfo
+from agd_vllm.pipeline.fleet import Fleet, kill, last_line
 from agd_vllm.pipeline.source import Source
 from agd_vllm.prepare import Preparer
 from agd_vllm.reader import check_rows
@@ -23,9 +23,6 @@ from agd_vllm.records import DecodedRow, InputRow, RowError
 from agd_vllm.schema import parse_selector_option
 
 STRATEGIES = ("agd", "greedy")
-COLLECT_WAIT_S = 0.5
-# Rows handed to an engine beyond its sessions, so that a slot never waits for the driver.
-ROWS_AHEAD = 32
 
 log = logging.getLogger("agd_vllm")
 
@@ -98,9 +95,8 @@ class Decoder:
             trust_remote_code=options.trust_remote_code,
         )
         self._cluster: placement.Cluster | None = None
-        self._replicas: list[Any] = []
         self._workers: list[Any] = []
-        self._progress: dict[int, Any] = {}
+        self._fleet: Fleet | None = None
         self.load_seconds = 0.0
 
     def preparer(self, max_model_len: int | None = None) -> Preparer:
@@ -118,21 +114,22 @@ class Decoder:
 
     def start(self) -> None:
         """Starts Ray, engines and workers, if not done yet. Raises RuntimeError where one cannot start."""
-        if self._replicas:
+        if self._cluster is not None:
             return
         begun = time.perf_counter()
         options = self.options
         workers = options.attribution_workers if options.guided else 0
         self._cluster = placement.connect(options.engines + workers, options.debug)
         try:
-            self._make_actors(workers)
-        except Exception:
+            self._start_actors(workers)
+        except BaseException:
             self.close()
             raise
         self.load_seconds = time.perf_counter() - begun
 
-    def _make_actors(self, workers: int) -> None:
+    def _start_actors(self, workers: int) -> None:
         options = self.options
+        cluster, model, debug = self._cluster, self.model, options.debug
         engine = EngineSettings(
             dtype=options.dtype,
             max_model_len=options.max_model_len,
@@ -142,18 +139,21 @@ class Decoder:
         )
         gate = GateSettings(options.tau, options.top_k, options.min_prob)
         attribution = AttributionSettings(options.scorer, options.rule, options.attribution_dtype or options.dtype)
-        self._replicas = [
-            placement.make_replica(self._cluster, self.model, engine, gate, options.debug)
-            for _ in range(options.engines)
-        ]
-        self._workers = [
-            placement.make_worker(self._cluster, self.model, attribution, options.debug) for _ in range(workers)
-        ]
-        infos: list[ReplicaInfo] = ray.get([replica.start.remote() for replica in self._replicas])
-        self._info = infos[0]
-        if workers:
-            stateful = ray.get([worker.stateful.remote() for worker in self._workers])[0]
-            ray.get([replica.attach.remote(self._workers, stateful) for replica in self._replicas])
+        self._workers = [placement.make_worker(cluster, model, attribution, debug) for _ in range(workers)]
+        self._fleet = Fleet(
+            make=lambda: placement.make_replica(cluster, model, engine, gate, debug),
+            attach=self._attach,
+            count=options.engines,
+        )
+        self._info = self._fleet.start()
+
+    def _attach(self, replica: Any) -> None:
+        if self._workers:
+            try:
+                stateful = ray.get(self._workers[0].stateful.remote())
+            except ray.exceptions.RayError as error:
+                raise RuntimeError(f"an attribution worker could not start: {last_line(error)}") from error
+            replica.attach.remote(self._workers, stateful)
 
     def decode(
         self, rows: Iterable[dict[str, Any]], on_error: Callable[[RowError], None] | None = None
@@ -176,58 +176,25 @@ class Decoder:
         None comes now and then while nothing ends, for callers that have something else to do in time.
         """
         self.start()
-        source = Source(items, self.preparer(self._info.max_model_len))
-        window = self._info.max_sessions + ROWS_AHEAD
-        loads = dict.fromkeys(range(len(self._replicas)), 0)
-        calls: dict[Any, int] = {}
-        while True:
-            for index in sorted(loads, key=loads.__getitem__):
-                rows = source.take(window - loads[index])
-                if rows:
-                    self._replicas[index].submit.remote(rows)
-                    loads[index] += len(rows)
-            yield from source.refused()
-            calling = set(calls.values())
-            for index, load in loads.items():
-                if load and index not in calling:
-                    calls[self._replicas[index].collect.remote(COLLECT_WAIT_S)] = index
-            if not calls:
-                if source.exhausted:
-                    return
-                continue
-            done, _ = ray.wait(list(calls), num_returns=1)
-            for call in done:
-                index = calls.pop(call)
-                ended, self._progress[index] = ray.get(call)
-                loads[index] -= len(ended)
-                for row in ended:
-                    yield source.outcome(row)
-            yield None
+        yield from self._fleet.decode(Source(items, self.preparer(self._info.max_model_len)))
 
     @property
     def waiting_for_attribution(self) -> int:
         """Rows that wait for scores, as last heard."""
-        return sum(progress.waiting_for_attribution for progress in self._progress.values())
+        return self._fleet.waiting_for_attribution if self._fleet else 0
 
     @property
     def faults(self) -> dict[str, int]:
         """Counts of what went wrong and was mended since the start."""
-        total: dict[str, int] = {}
-        for progress in self._progress.values():
-            for fault, count in progress.faults.items():
-                total[fault] = total.get(fault, 0) + count
-        return total
+        return {fault: count for fault, count in self._fleet.all_faults().items() if count} if self._fleet else {}
 
     def close(self) -> None:
         """Stops the actors, and Ray if this decoder started it. Safe to call twice."""
-        for replica in self._replicas:
-            try:
-                ray.get(replica.stop.remote(), timeout=30)
-            except Exception as error:
-                log.debug("an engine did not stop by itself: %s", error)
-        for actor in [*self._replicas, *self._workers]:
-            ray.kill(actor)
-        self._replicas, self._workers = [], []
+        if self._fleet:
+            self._fleet.close()
+        for worker in self._workers:
+            kill(worker)
+        self._workers = []
         if self._cluster is not None:
             placement.disconnect(self._cluster)
             self._cluster = None

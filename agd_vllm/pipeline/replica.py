@@ -12,6 +12,7 @@ from typing import Any
 from agd_vllm.attribution.pool import AttributionPool
 from agd_vllm.chat import load_tokenizer
 from agd_vllm.engine.engine import Engine, EngineSettings, GateSettings
+from agd_vllm.engine.events import SessionFailed
 from agd_vllm.model import ModelInfo
 from agd_vllm.pipeline.row_loop import decode_row
 from agd_vllm.records import DecodedRow, PreparedRow, RowRefused
@@ -28,6 +29,10 @@ class RowFailed:
     message: str
 
 
+class EngineLost(Exception):
+    """vLLM's engine is dead; the actor around it is of no use any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaInfo:
     max_model_len: int
@@ -37,7 +42,7 @@ class ReplicaInfo:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Counts since the start: output tokens and guided steps of ended rows, rows that wait for scores now."""
+    """Rows that wait for scores now, and what went wrong and was mended since the start."""
 
     waiting_for_attribution: int
     faults: dict[str, int]
@@ -50,7 +55,7 @@ class Replica:
         self._model = model
         self._engine = Engine(model, engine, gate)
         self._pool: AttributionPool | None = None
-        self._ended: asyncio.Queue[DecodedRow | RowFailed] = asyncio.Queue()
+        self._ended: asyncio.Queue[DecodedRow | RowFailed | None] = asyncio.Queue()
         self._tasks: set[asyncio.Task] = set()
         self._faults: Counter[str] = Counter()
         if not debug:
@@ -81,12 +86,18 @@ class Replica:
             ended = await decode_row(self._engine, self._pool, row, self._tokenizer, self._model.eos_ids, self._faults)
         except RowRefused as refused:
             ended = RowFailed(row.id, refused.type, str(refused))
+        except SessionFailed as failed:
+            ended = RowFailed(row.id, "engine", str(failed))
         except Exception as error:
-            ended = RowFailed(row.id, "decode", f"{type(error).__name__}: {error}")
+            # Where the engine is dead the row is not to blame: the driver decodes it again in a new one.
+            ended = None if self._engine.dead else RowFailed(row.id, "decode", f"{type(error).__name__}: {error}")
         self._ended.put_nowait(ended)
 
     async def collect(self, wait_s: float) -> tuple[list[DecodedRow | RowFailed], Progress]:
-        """All rows that have ended since the last call; waits up to `wait_s` seconds for the first."""
+        """All rows that have ended since the last call; waits up to `wait_s` seconds for the first.
+
+        Raises EngineLost once vLLM's engine is dead.
+        """
         ended = []
         try:
             async with asyncio.timeout(wait_s):
@@ -95,6 +106,8 @@ class Replica:
             pass
         while not self._ended.empty():
             ended.append(self._ended.get_nowait())
+        if None in ended or self._engine.dead:
+            raise EngineLost("vLLM's engine process died")
         return ended, self._progress()
 
     def _progress(self) -> Progress:

@@ -9,9 +9,12 @@ from transformers import PreTrainedTokenizerFast
 
 from agd_vllm.attribution.pool import AttributionPool
 from agd_vllm.engine.engine import Engine
-from agd_vllm.engine.events import Finished
+from agd_vllm.engine.events import Finished, SessionStalled
 from agd_vllm.engine.stops import StopCheck
 from agd_vllm.records import DecodedRow, Gate, GuidedStep, PreparedRow
+
+# A session that stalls is opened anew, from the tokens so far; a row that stalls again and again is given up.
+SESSIONS_PER_ROW = 3
 
 
 async def decode_row(
@@ -30,15 +33,22 @@ async def decode_row(
     stops = StopCheck(row, eos_ids, tokenizer)
     steps: list[GuidedStep] = []
     try:
-        async with engine.session(row, gated, stops) as session:
-            event = await session.next()
-            while not isinstance(event, Finished):
-                context = row.prompt_token_ids + stops.token_ids
-                scores = await pool.score(row.id, context, row.roi, event)
-                step = guided_step(event, scores)
-                faults["nan_scores"] += any(map(math.isnan, scores))
-                steps.append(step)
-                event = session.select(step.chosen_id) or await session.next()
+        for attempt in range(SESSIONS_PER_ROW):
+            try:
+                async with engine.session(row, gated, stops) as session:
+                    event = await session.next()
+                    while not isinstance(event, Finished):
+                        context = row.prompt_token_ids + stops.token_ids
+                        scores = await pool.score(row.id, context, row.roi, event)
+                        step = guided_step(event, scores)
+                        faults["nan_scores"] += any(map(math.isnan, scores))
+                        steps.append(step)
+                        event = session.select(step.chosen_id) or await session.next()
+                break
+            except SessionStalled:
+                faults["sessions_resubmitted"] += 1
+                if attempt + 1 == SESSIONS_PER_ROW:
+                    raise
     finally:
         if gated:
             pool.release(row.id)

@@ -1,0 +1,185 @@
+"""The engines of a run: hands them rows as they have room, collects what has ended, replaces an engine that died."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from agd_vllm.pipeline.replica import EngineLost, Progress, ReplicaInfo, RowFailed
+from agd_vllm.pipeline.source import Source
+from agd_vllm.records import DecodedRow, PreparedRow, RowError
+
+# An engine answers `collect` after this many seconds at the latest; one that says nothing for the other is dead.
+COLLECT_WAIT_S, SILENCE_S = 0.5, 120.0
+# Rows handed to an engine beyond its sessions, so that a slot never waits for the driver.
+ROWS_AHEAD = 32
+MAX_RESTARTS_IN_A_ROW = 5
+# A row that was alone in an engine when it died, this many times, killed it.
+POISON_DEATHS = 2
+
+log = logging.getLogger("agd_vllm")
+
+
+@dataclass(slots=True, eq=False)
+class _Engine:
+    actor: Any
+    rows: dict[str, PreparedRow] = field(default_factory=dict)
+    # In flight when the engine died: decoded again one at a time, so that the one that kills it is found.
+    suspects: deque[PreparedRow] = field(default_factory=deque)
+    call: Any = None
+    called: float = 0.0
+    started: bool = False
+    progress: Progress | None = None
+
+
+class Fleet:
+    """Starts `count` engines by `make` (an actor of Replica) and tells each by `attach` who scores for it.
+
+    Raises RuntimeError where one cannot start, or dies MAX_RESTARTS_IN_A_ROW times with no row decoded in between.
+    """
+
+    def __init__(self, make: Callable[[], Any], attach: Callable[[Any], None], count: int):
+        self._make = make
+        self._attach = attach
+        self._engines = [_Engine(make()) for _ in range(count)]
+        self._restarts_in_a_row = 0
+        self._alone_deaths: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
+
+    def start(self) -> ReplicaInfo:
+        """Waits until all engines have loaded the model."""
+        try:
+            infos = ray.get([engine.actor.start.remote() for engine in self._engines])
+        except Exception as error:
+            raise RuntimeError(f"an engine could not start: {last_line(error)}") from error
+        for engine in self._engines:
+            self._attach(engine.actor)
+            engine.started = True
+        self._window = infos[0].max_sessions + ROWS_AHEAD
+        return infos[0]
+
+    def decode(self, source: Source) -> Iterator[DecodedRow | RowError | None]:
+        """Every row of `source` exactly once, in completion order; None now and then while nothing ends."""
+        while True:
+            for engine in sorted(self._engines, key=lambda engine: len(engine.rows)):
+                self._fill(engine, source)
+            yield from source.refused()
+            calls = {engine.call: engine for engine in self._engines if engine.call is not None}
+            if not calls:
+                if source.exhausted:
+                    return
+                continue
+            done, _ = ray.wait(list(calls), num_returns=1, timeout=SILENCE_S)
+            for call in done:
+                yield from self._answer(calls[call], source)
+            for engine in self._engines:
+                if engine.started and engine.call is not None and time.monotonic() - engine.called > SILENCE_S:
+                    yield from self._replace(engine, source, TimeoutError(f"no answer for {SILENCE_S:g} s"))
+            yield None
+
+    def _fill(self, engine: _Engine, source: Source) -> None:
+        if not engine.started:
+            return
+        if engine.suspects:
+            rows = [] if engine.rows else [engine.suspects.popleft()]
+        else:
+            rows = source.take(self._window - len(engine.rows))
+        if rows:
+            engine.actor.submit.remote(rows)
+            engine.rows |= {row.id: row for row in rows}
+        if engine.rows and engine.call is None:
+            engine.call = engine.actor.collect.remote(COLLECT_WAIT_S)
+            engine.called = time.monotonic()
+
+    def _answer(self, engine: _Engine, source: Source) -> Iterator[DecodedRow | RowError]:
+        call, engine.call = engine.call, None
+        try:
+            answer = ray.get(call)
+        except Exception as error:
+            # While an engine starts, vLLM may fail in any way; later on anything but its death is our own mistake.
+            if engine.started and not isinstance(error, RayActorError | EngineLost):
+                raise
+            yield from self._replace(engine, source, error)
+            return
+        if not engine.started:
+            self._attach(engine.actor)
+            engine.started = True
+            return
+        ended, engine.progress = answer
+        if ended:
+            self._restarts_in_a_row = 0
+        for row in ended:
+            del engine.rows[row.id]
+            self._alone_deaths.pop(row.id, None)
+            yield source.outcome(row)
+
+    def _replace(self, engine: _Engine, source: Source, error: Exception) -> Iterator[RowError]:
+        """A new engine in the place of a dead one. Its rows are decoded again, from the start and one at a time."""
+        reason = last_line(error)
+        self.faults["engine_restarts"] += 1
+        self._restarts_in_a_row += 1
+        log.warning("an engine died with %d rows in flight and is replaced: %s", len(engine.rows), reason)
+        if self._restarts_in_a_row > MAX_RESTARTS_IN_A_ROW:
+            raise RuntimeError(
+                f"the engine died {self._restarts_in_a_row} times in a row, the last time: {reason}; what was decoded "
+                "is kept, and the same command goes on from there"
+            )
+        kill(engine.actor)
+        if engine.progress:
+            self.faults.update(engine.progress.faults)
+            engine.progress = None
+        rows, engine.rows = list(engine.rows.values()), {}
+        if len(rows) == 1 and self._is_poison(rows[0]):
+            yield source.outcome(
+                RowFailed(rows[0].id, "poison", f"the engine died whenever it decoded this row: {reason}")
+            )
+        else:
+            engine.suspects.extendleft(reversed(rows))
+        engine.actor, engine.started = self._make(), False
+        engine.call = engine.actor.start.remote()
+
+    def _is_poison(self, row: PreparedRow) -> bool:
+        self._alone_deaths[row.id] += 1
+        return self._alone_deaths[row.id] >= POISON_DEATHS
+
+    @property
+    def waiting_for_attribution(self) -> int:
+        return sum(engine.progress.waiting_for_attribution for engine in self._engines if engine.progress)
+
+    def all_faults(self) -> Counter[str]:
+        """What went wrong and was mended since the start, of engines that died, too."""
+        total = self.faults.copy()
+        for engine in self._engines:
+            if engine.progress:
+                total.update(engine.progress.faults)
+        return total
+
+    def close(self) -> None:
+        for engine in self._engines:
+            try:
+                ray.get(engine.actor.stop.remote(), timeout=30)
+            except Exception as error:
+                log.debug("an engine did not stop by itself: %s", error)
+            kill(engine.actor)
+        self._engines = []
+
+
+def kill(actor: Any) -> None:
+    """Ends an actor that may be dead already."""
+    try:
+        ray.kill(actor)
+    except Exception as error:
+        log.debug("could not kill an actor: %s", error)
+
+
+def last_line(error: Exception) -> str:
+    """The last words of an error, which may hold a remote traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
