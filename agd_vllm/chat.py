@@ -61,7 +61,8 @@ class ChatTokenizer:
 
     Special tokens that a chat row's messages spell out are plain text, never control tokens: those come from the
     template alone. In a `prompt` row they are parsed, as the raw text is wholly in the user's hands.
-    Only tokens flagged special count; a model's other added tokens (such as `<think>`) are words to it.
+    Special are the tokens flagged so and those that the tokenizer names (its EOS); other added tokens, such as
+    `<think>`, are a part of the language that rows may write.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
@@ -89,12 +90,10 @@ class ChatTokenizer:
         tokens = self._call(self._tokenizer, rendered.text)
         own = sorted((place.start, place.end) for places in rendered.places for place in places)
         starts = [start for start, _ in own]
-        for index, start, end in list(self._markers(rendered.text, tokens)):
+        for _, start, end in self._markers(rendered.text, tokens):
             before = bisect_left(starts, end) - 1
             if before >= 0 and own[before][1] > start:
                 return self._encode_inert(rendered.text, own)
-            # Without the white space that a marker may swallow: that can be a message's, the marker never is.
-            tokens.offsets[index] = (start, end)
         return tokens
 
     def spells_special_token(self, value: Any) -> str | None:
@@ -108,18 +107,13 @@ class ChatTokenizer:
         return None
 
     def _markers(self, text: str, tokens: Tokens) -> Iterator[tuple[int, int, int]]:
-        """Control tokens parsed from `text`: index, and characters [start, end) without swallowed white space."""
-        for index, token_id in enumerate(tokens.ids):
+        """Control tokens parsed from `text`: id, and characters [start, end)."""
+        for token_id, (start, end) in zip(tokens.ids, tokens.offsets, strict=True):
             if token_id in self._control:
-                start, end = tokens.offsets[index]
-                core = text[start:end].strip()
                 # The unknown token stands for any text; it was spelled out only if that text is its name.
-                if token_id == self._tokenizer.unk_token_id and core != self._control[token_id].content:
-                    continue
-                if core:
-                    start = text.index(core, start)
-                    end = start + len(core)
-                yield index, start, end
+                spelled = self._control[token_id].content in text[start:end]
+                if spelled or token_id != self._tokenizer.unk_token_id:
+                    yield token_id, start, end
 
     def _encode_inert(self, text: str, own: list[tuple[int, int]]) -> Tokens:
         """Tokenizes `text` with control tokens parsed outside the `own` ranges only.
@@ -140,10 +134,10 @@ class ChatTokenizer:
         for start, end in [*own, (len(text), len(text))]:
             base = at
             between = self._call(self._tokenizer, text[base:start])
-            for index, first, last in self._markers(text[base:start], between):
+            for token_id, first, last in self._markers(text[base:start], between):
                 keep(at, base + first)
                 at = base + last
-                pieces.append(inert.texts[between.ids[index]])
+                pieces.append(inert.texts[token_id])
                 origin.extend([at] * len(pieces[-1]))
                 markers.append((base + first, at))
             keep(at, end)
@@ -171,6 +165,9 @@ class ChatTokenizer:
         # Made when a row first needs it: few runs do, and a copy of a large tokenizer takes a second.
         if self._inert is None:
             tokenizer = copy.deepcopy(self._tokenizer)
+            # Named, but not flagged: unflagged they would not be split.
+            unflagged = [token for token in self._control.values() if not token.special]
+            tokenizer.add_tokens([AddedToken(token.content, special=True) for token in unflagged], special_tokens=True)
             texts = {i: f"\ue000{_NONCE}-{i}\ue001" for i in self._control}
             tokenizer.add_tokens(
                 [

@@ -99,7 +99,7 @@ def highlight(text: str, tokens: Tokens, roi: Roi) -> Text:
         for index in range(span.start, span.end):
             if index > span.start:
                 shown.append(BOUNDARY, style="dim")
-            end = max(at, tokens.offsets[index][1])
+            end = tokens.offsets[index][1]
             shown.append(_inert(text[at:end]), style=style)
             at = end
         shown.append(CLOSE, style="bold")

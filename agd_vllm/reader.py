@@ -221,8 +221,8 @@ def _parquet_rows(source: str) -> Iterator[tuple[int, Any] | RowError]:
     number = 0
     with _open(source) as file:
         with _unusable(source):
-            # Buffered, so that a file of a single row group is not held column by column.
-            batches = pq.ParquetFile(file, buffer_size=CHUNK_BYTES).iter_batches(BATCH_ROWS)
+            # Read in pieces, where the default is to hold all of a row group, which may be all of the file.
+            batches = pq.ParquetFile(file, buffer_size=CHUNK_BYTES, pre_buffer=False).iter_batches(BATCH_ROWS)
         while (batch := _next_batch(batches, source)) is not None:
             columns = dict(zip(batch.schema.names, batch.columns, strict=True))
             for index in range(batch.num_rows):

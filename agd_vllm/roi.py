@@ -107,7 +107,7 @@ def _messages(selector: Selector, rendered: Rendered) -> Iterable[int]:
 
 def _occurrences(text: str, content: str) -> list[tuple[int, int]]:
     """Every occurrence of `text`, from left to right; one that overlaps the one before does not count."""
-    return [match.span() for match in re.finditer(re.escape(text), content)] if text else []
+    return [match.span() for match in re.finditer(re.escape(text), content)]
 
 
 def _placed(start: int, end: int, places: Iterable[Place]) -> list[tuple[int, int]]:

@@ -108,13 +108,12 @@ class EngineThread:
 
     def decode(self, rows: list[PreparedRow], pool=None, **gate: float):
         """Decodes rows side by side under a gate of these settings; exceptions come as results."""
-        from collections import Counter
-
         from agd_vllm.engine.engine import GateSettings
+        from agd_vllm.faults import FaultLog
         from agd_vllm.pipeline.row_loop import decode_row
 
         self.engine._gate = GateSettings(**gate)
-        self.faults = Counter()
+        self.faults = FaultLog()
 
         async def everything():
             loops = (decode_row(self.engine, pool, row, self.tokenizer, self.info.eos_ids, self.faults) for row in rows)

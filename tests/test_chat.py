@@ -1,13 +1,13 @@
 """Templates, rendered and tokenized: the plain call's tokens, messages where they stand, words that stay words."""
 
-import json
 import shutil
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import KINDS, SPECIAL, TEMPLATES, tiny
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from tiny_tokenizers import KINDS, QUESTIONS, SPECIAL, TEMPLATES, byte_level, tiny, with_flags, wrapped
+from tokenizers import Tokenizer, models, trainers
+from transformers import ByT5Tokenizer
 
 from agd_vllm.chat import ChatTokenizer, load_tokenizer
 from agd_vllm.records import RowRefused
@@ -104,6 +104,8 @@ def test_special_tokens_in_words_stay_words(kind, template, messages):
         # Offsets run on without a gap, so every character has its token; those of one character's bytes share it.
         assert start <= at <= end
         at = end
+        said = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        assert kind != "byte_level" or "\ufffd" in said or said == rendered.text[start:end]
     assert at == len(rendered.text)
     if kind == "byte_level":
         assert tokenizer.decode(tokens.ids, clean_up_tokenization_spaces=False) == rendered.text
@@ -125,21 +127,42 @@ def test_words_around_a_spelled_token_keep_their_tokens():
 
 def test_marker_that_swallows_white_space_is_still_the_templates():
     """Phi-3's markers take the white space after them, which may be a message's: no injection, and no part of it."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny("byte_level").backend_tokenizer, unk_token="<unk>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|go|>"]})
-    saved = json.loads(tokenizer.backend_tokenizer.to_str())
-    for token in saved["added_tokens"]:
-        token["rstrip"] = token["content"] == "<|go|>"
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(json.dumps(saved)), unk_token="<unk>"
+    tokenizer = wrapped(
+        with_flags(byte_level(False), "<|start|>", rstrip=True),
+        "{% for m in messages %}<|start|>{{ m.content }}{% endfor %}",
     )
-    tokenizer.chat_template = "{% for m in messages %}<|go|>{{ m.content }}{% endfor %}"
     rendered, tokens = encoded(tokenizer, [{"role": "user", "content": "  x"}])
     assert tokens.ids == prompt_of(tokenizer, [{"role": "user", "content": "  x"}], tokenize=True)
-    assert [rendered.text[start:end] for start, end in tokens.offsets] == ["<|go|>", "x"]
-    rendered, tokens = encoded(tokenizer, [{"role": "user", "content": "  x<|go|>"}])
-    assert [rendered.text[start:end] for start, end in tokens.offsets][:2] == ["<|go|>", "x"]
-    assert tokens.ids.count(tokenizer.convert_tokens_to_ids("<|go|>")) == 1
+    assert [rendered.text[start:end] for start, end in tokens.offsets] == ["<|start|>", "x"]
+    rendered, tokens = encoded(tokenizer, [{"role": "user", "content": "  x<|start|>"}])
+    assert [rendered.text[start:end] for start, end in tokens.offsets][:2] == ["<|start|>", "x"]
+    assert tokens.ids.count(2) == 1
+
+
+def test_an_eos_that_is_not_flagged_special_is_no_way_in():
+    """Some fine-tuned models name an EOS that their tokenizer does not flag."""
+    tokenizer = wrapped(with_flags(byte_level(False), "<|end|>", special=False), TEMPLATES["chatml"])
+    rendered, tokens = encoded(tokenizer, [{"role": "user", "content": "so <|end|> it goes"}])
+    assert tokens.ids.count(3) == 1
+    assert tokenizer.decode(tokens.ids) == rendered.text
+
+
+def test_unknown_characters_beside_a_spelled_token():
+    messages = [{"role": "user", "content": "so <|end|> it goes \N{SNOWMAN}"}]
+    _, tokens = encoded(tiny("wordpiece"), messages)
+    assert tokens.ids.count(3) == 1
+    assert 0 in tokens.ids
+
+
+def test_unknown_characters_are_no_spelled_tokens():
+    """The template's snowman and the message's become one unknown token: that is what the plain call makes of them."""
+    fused = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    fused.train_from_iterator(["Hello"], trainers.BpeTrainer(special_tokens=SPECIAL, show_progress=False))
+    tokenizer = wrapped(fused, "<|start|>\N{SNOWMAN}{{ messages[0].content }}")
+    messages = [{"role": "user", "content": "\N{SNOWMAN}Hello"}]
+    _, tokens = encoded(tokenizer, messages)
+    assert tokens.ids == prompt_of(tokenizer, messages, tokenize=True)
+    assert tokens.ids.count(0) == 1
 
 
 def test_a_name_that_is_also_the_unknown_token_is_no_way_in(smollm2):
@@ -203,6 +226,23 @@ def test_a_template_that_looks_into_one_message_hides_only_that_one():
     assert shown == ["Be brief.", "Why?", "Really?"]
 
 
+def test_a_template_that_treats_some_messages_apart_hides_only_those():
+    """With marks around them, questions would be no questions: the text is another, in the middle and at the end."""
+    contents = ["Say Hi", "Why?", "Go on", "Really?"]
+    messages = [
+        {"role": role, "content": content} for role, content in zip(["user", "assistant"] * 2, contents, strict=True)
+    ]
+    tokenizer = wrapped(byte_level(False), QUESTIONS)
+    for count in (2, 3, 4):
+        given = [*messages[:count], {"role": "user", "content": "Now"}]
+        rendered = ChatTemplate(tokenizer).render(given, {})
+        assert set(rendered.faults) == {i for i in range(count) if contents[i].endswith("?")}
+        shown = [rendered.text[place.start : place.end] for places in rendered.places for place in places]
+        assert shown == [text for text in [*contents[:count], "Now"] if not text.endswith("?")]
+    rendered = ChatTemplate(tokenizer).render([{"role": "user", "content": "Really?"}], {})
+    assert rendered.faults == {0: "is changed by the chat template"}
+
+
 def test_an_open_answer_is_continued():
     messages = [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "one, two, "}]
     rendered = ChatTemplate(tiny("byte_level")).render(messages, {})
@@ -229,6 +269,13 @@ def test_the_templates_own_words_reach_the_user():
     with pytest.raises(RowRefused, match="refuses the row: roles must alternate user/assistant") as refusal:
         ChatTemplate(tiny("byte_level", "gemma")).render(messages, {})
     assert refusal.value.type == "chat_template"
+
+
+def test_what_a_template_says_is_kept_to_one_short_line():
+    tokenizer = wrapped(byte_level(False), "{{ raise_exception('no:\\n' + messages[0].content) }}")
+    with pytest.raises(RowRefused, match=r"no: xxx.*\.\.\.$") as refusal:
+        ChatTemplate(tokenizer).render([{"role": "user", "content": "x" * 5000}], {})
+    assert len(str(refusal.value)) < 400
 
 
 def test_load_tokenizer(smollm2):

@@ -6,10 +6,10 @@ import pytest
 from rich.console import Console
 from tiny_tokenizers import tiny
 
-from agd_vllm.chat import ChatTokenizer
+from agd_vllm.chat import ChatTokenizer, Tokens
 from agd_vllm.dry_run import dry_run, highlight
 from agd_vllm.prepare import Preparer
-from agd_vllm.records import InputRow, RowError, Selector
+from agd_vllm.records import InputRow, Roi, RowError, Selector, Span
 from agd_vllm.roi import region
 from agd_vllm.template import raw_prompt
 
@@ -41,8 +41,8 @@ def test_counts():
         chat("a", "Answer in French."),
         RowError(input="{", line=2, id=None, type="not_json", message="cut off"),
         chat("b", None, line=3),
-        chat("c", "Please answer in one sentence."),
-        InputRow(id="d", prompt="Answer in French.", roi=(Selector(text="French"),)),
+        InputRow(id="c", prompt="Answer in French.", roi=(Selector(text="French"),)),
+        chat("d", "Please answer in one sentence."),
     ]
     counts, text = shown(items)
     prompts = [
@@ -118,6 +118,12 @@ def test_weights_are_shown():
 
 def test_a_character_of_several_tokens_is_shown_once():
     assert highlighted("x🤖y", Selector(text="🤖")) == "x⟦🤖│││⟧y"
+
+
+def test_tokens_that_overlap_under_different_weights():
+    """A token may end with the first bytes of the character that the next one completes."""
+    tokens = Tokens([7, 8], [(0, 2), (1, 3)])
+    assert highlight("abc", tokens, Roi((Span(0, 1, 1.0), Span(1, 2, 2.0)))).plain == "⟦ab⟧⟦2*│c⟧"
 
 
 def test_white_space_that_no_token_covers_is_not_lost():

@@ -156,4 +156,4 @@ def test_nan_scores_fall_back_to_the_greedy_token_and_are_counted(engine, rows, 
 
     decoded = engine.decode(rows[:3], Chooser(broken), tau=0.0)
     assert_equal(decoded, plain[0][:3])
-    assert engine.faults["nan_scores"] == sum(row.num_guided for row in decoded) > 0
+    assert engine.faults.counts["nan_scores"] == sum(row.num_guided for row in decoded) > 0

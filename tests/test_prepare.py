@@ -149,8 +149,11 @@ def test_template_kwargs_that_are_not_the_templates(name):
         preparer(chat_template_kwargs={name: "{{ 1 }}"})
 
 
-def test_template_kwargs_cannot_carry_control_tokens():
-    row = dataclasses.replace(CHAT, chat_template_kwargs={"documents": [{"title": "x", "text": "so <|end|> then"}]})
+@pytest.mark.parametrize(
+    "kwargs", [{"documents": [{"title": "x", "text": "so <|end|> then"}]}, {"map": {"<|end|>": 1}}, {"tone": "<|end|>"}]
+)
+def test_template_kwargs_cannot_carry_control_tokens(kwargs):
+    row = dataclasses.replace(CHAT, chat_template_kwargs=kwargs)
     kind, message = refusal(row)
     assert kind == "chat_template_kwargs"
     assert "<|end|>" in message

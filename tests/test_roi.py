@@ -43,9 +43,10 @@ def test_a_region_is_the_tokens_that_overlap_the_selected_characters(kind, templ
     for occurrence in range(rendered.text.count(f"Q{i}Z")):
         at = rendered.text.index(f"Q{i}Z", at + 1)
         shift = at - content.index(f"Q{i}Z")
-        strips_left = template == "llama3" or (template == "gemma" and messages[i]["role"] != "system")
-        strips_right = strips_left or (template == "twice_no_system" and occurrence == 1)
-        # A continued answer loses trailing white space where the template trims, and a sole one nowhere.
+        role = messages[i]["role"]
+        strips_both = template == "llama3" or (template == "gemma" and role != "system")
+        strips_left = strips_both or (template == "twice_no_system" and role == "assistant")
+        strips_right = strips_both or (template == "twice_no_system" and occurrence == 1)
         first = max(start, trimmed[0]) if strips_left else start
         last = min(end, trimmed[1]) if strips_right else end
         selected |= set(range(shift + first, shift + last))
@@ -216,6 +217,13 @@ def test_refused_where_the_template_leaves_the_message_out():
         chat_region(SYSTEM_USER, Selector(role="system"), template="twice_no_system")
     texts, _, _ = chat_region(SYSTEM_USER, Selector(role="user"), template="twice_no_system")
     assert texts == ["what is the weather like in French?"] * 2
+
+
+def test_a_message_without_places_that_does_not_hold_the_text_is_in_no_ones_way():
+    texts, _, _ = chat_region(SYSTEM_USER, Selector(text="weather"), template="twice_no_system")
+    assert texts == [" weather", " weather"]
+    with pytest.raises(RowRefused, match=r"message 0 \(system\) is left out"):
+        chat_region(SYSTEM_USER, Selector(text="French"), template="twice_no_system")
 
 
 def test_refused_where_the_template_changes_the_message():

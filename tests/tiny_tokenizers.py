@@ -30,9 +30,10 @@ GEMMA = (
     "<|start|>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ first if loop.first else '' }}"
     "{{ m.content | trim }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>model\n{% endif %}"
 )
-# No system message, and each question asked twice, as some models like it.
+# No system message, each question asked twice, as some models like it, and answers cut at their left.
 TWICE_NO_SYSTEM = (
-    "{% for m in messages if m.role != 'system' %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>"
+    "{% for m in messages if m.role != 'system' %}<|start|>{{ m.role }}\n"
+    "{{ m.content if m.role == 'user' else m.content.lstrip() }}<|end|>"
     "{% if m.role == 'user' %}<|start|>again\n{{ m.content.rstrip() }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
@@ -41,6 +42,11 @@ THINKING = (
     "{% for m in messages %}{% set c = m.content %}{% if m.role == 'assistant' and '</think>' in c and not loop.last %}"
     "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}<|start|>{{ m.role }}\n{{ c }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+# Answers questions in another way than orders.
+QUESTIONS = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}{{ '<|end|>' if m.content.endswith('?') else '.' }}"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 TEMPLATES = {
     "chatml": CHATML,
@@ -120,9 +126,22 @@ KINDS = tuple(_KINDS)
 @cache
 def tiny(kind: str, template: str | None = "chatml") -> PreTrainedTokenizerFast:
     """A tokenizer of one of KINDS with the chat template of that name."""
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_KINDS[kind](), unk_token="<unk>", bos_token="<s>", eos_token="<|end|>", pad_token="<|pad|>"
+    return wrapped(_KINDS[kind](), TEMPLATES[template] if template else None)
+
+
+def wrapped(tokenizer: Tokenizer, template: str | None) -> PreTrainedTokenizerFast:
+    """A tokenizer as Transformers loads it, with a chat template."""
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="<|end|>", pad_token="<|pad|>"
     )
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>"]})
-    tokenizer.chat_template = TEMPLATES[template] if template else None
-    return tokenizer
+    made.chat_template = template
+    return made
+
+
+def with_flags(tokenizer: Tokenizer, content: str, **flags: bool) -> Tokenizer:
+    """A copy in which one added token has other flags (special, lstrip, rstrip)."""
+    saved = json.loads(tokenizer.to_str())
+    for token in saved["added_tokens"]:
+        if token["content"] == content:
+            token.update(flags)
+    return Tokenizer.from_str(json.dumps(saved))

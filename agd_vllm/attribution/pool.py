@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
+from agd_vllm.faults import FaultLog
 from agd_vllm.records import Gate, Roi, ScoreRequest
 
 MAX_BATCH = 64
@@ -48,13 +50,13 @@ class AttributionPool:
     request carries only the tokens since the last one; a worker that lost them is sent the whole sequence.
     """
 
-    def __init__(self, workers: list[Any], stateful: bool, deadline_s: float):
+    def __init__(self, workers: list[Any], stateful: bool, deadline_s: float, faults: FaultLog):
         self._lanes = [_Lane(worker) for worker in workers]
         self._stateful = stateful
         self._deadline_s = deadline_s
         self._lane_of: dict[str, _Lane] = {}
         self.waiting = 0
-        self.faults: Counter[str] = Counter()
+        self._faults = faults
 
     async def score(self, sequence: str, token_ids: Sequence[int], roi: Roi, gate: Gate) -> list[float]:
         """Scores of `gate.candidate_ids` after `token_ids` (prompt and output so far). Raises WorkerLost."""
@@ -86,8 +88,10 @@ class AttributionPool:
                 await self._score_batch(lane, batch)
                 lane.failures = 0
             except (RayActorError, ActorUnavailableError, TimeoutError) as error:
+                if isinstance(error, TimeoutError):
+                    ray.kill(lane.worker, no_restart=False)
                 # Ray restarts the actor; it knows nothing then.
-                self.faults["worker_restarts"] += 1
+                self._faults.record("worker_restarts", reason=type(error).__name__, steps=len(batch))
                 lane.failures += 1
                 lane.held = dict.fromkeys(lane.held, 0)
                 if lane.failures >= MAX_FAILURES_IN_A_ROW:
@@ -112,7 +116,7 @@ class AttributionPool:
         for pending, scores in zip(batch, results, strict=True):
             if scores is None:
                 lane.held[pending.sequence] = 0
-                self.faults["states_rebuilt"] += 1
+                self._faults.record("states_rebuilt", row=pending.sequence)
                 lane.pending.append(pending)
             elif not pending.scores.done():
                 if self._stateful and pending.sequence in lane.held:

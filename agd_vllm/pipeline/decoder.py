@@ -13,6 +13,7 @@ import ray
 from agd_vllm.attribution.worker import AttributionSettings
 from agd_vllm.engine.arguments import check_engine_args
 from agd_vllm.engine.engine import EngineSettings, GateSettings
+from agd_vllm.faults import FaultLog
 from agd_vllm.model import inspect_model
 from agd_vllm.pipeline import placement
 from agd_vllm.pipeline.fleet import Fleet, kill, last_line
@@ -49,6 +50,7 @@ class DecoderOptions:
     engine_args: dict[str, Any] = field(default_factory=dict)
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
+    log_json: str | None = None
     debug: bool = False
 
     def __post_init__(self) -> None:
@@ -94,6 +96,7 @@ class Decoder:
             revision=options.engine_args.get("revision"),
             trust_remote_code=options.trust_remote_code,
         )
+        self._fault_log = FaultLog(options.log_json)
         self._cluster: placement.Cluster | None = None
         self._workers: list[Any] = []
         self._fleet: Fleet | None = None
@@ -144,6 +147,7 @@ class Decoder:
             make=lambda: placement.make_replica(cluster, model, engine, gate, debug),
             attach=self._attach,
             count=options.engines,
+            faults=self._fault_log,
         )
         self._info = self._fleet.start()
 
@@ -186,7 +190,7 @@ class Decoder:
     @property
     def faults(self) -> dict[str, int]:
         """Counts of what went wrong and was mended since the start."""
-        return {fault: count for fault, count in self._fleet.all_faults().items() if count} if self._fleet else {}
+        return dict(self._fault_log.counts)
 
     def close(self) -> None:
         """Stops the actors, and Ray if this decoder started it. Safe to call twice."""

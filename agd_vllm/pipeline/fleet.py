@@ -12,7 +12,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from agd_vllm.pipeline.replica import EngineLost, Progress, ReplicaInfo, RowFailed
+from agd_vllm.attribution.pool import WorkerLost
+from agd_vllm.faults import FaultLog
+from agd_vllm.pipeline.replica import EngineLost, ReplicaInfo, RowFailed
 from agd_vllm.pipeline.source import Source
 from agd_vllm.records import DecodedRow, PreparedRow, RowError
 
@@ -36,7 +38,7 @@ class _Engine:
     call: Any = None
     called: float = 0.0
     started: bool = False
-    progress: Progress | None = None
+    waiting: int = 0
 
 
 class Fleet:
@@ -45,13 +47,13 @@ class Fleet:
     Raises RuntimeError where one cannot start, or dies MAX_RESTARTS_IN_A_ROW times with no row decoded in between.
     """
 
-    def __init__(self, make: Callable[[], Any], attach: Callable[[Any], None], count: int):
+    def __init__(self, make: Callable[[], Any], attach: Callable[[Any], None], count: int, faults: FaultLog):
         self._make = make
         self._attach = attach
         self._engines = [_Engine(make()) for _ in range(count)]
         self._restarts_in_a_row = 0
         self._alone_deaths: Counter[str] = Counter()
-        self.faults: Counter[str] = Counter()
+        self._faults = faults
 
     def start(self) -> ReplicaInfo:
         """Waits until all engines have loaded the model."""
@@ -102,6 +104,8 @@ class Fleet:
         call, engine.call = engine.call, None
         try:
             answer = ray.get(call)
+        except WorkerLost as lost:
+            raise RuntimeError(f"{last_line(lost)}; what was decoded is kept, the same command goes on there") from lost
         except Exception as error:
             # While an engine starts, vLLM may fail in any way; later on anything but its death is our own mistake.
             if engine.started and not isinstance(error, RayActorError | EngineLost):
@@ -112,7 +116,9 @@ class Fleet:
             self._attach(engine.actor)
             engine.started = True
             return
-        ended, engine.progress = answer
+        ended, progress = answer
+        engine.waiting = progress.waiting_for_attribution
+        self._faults.absorb(progress.faults)
         if ended:
             self._restarts_in_a_row = 0
         for row in ended:
@@ -123,7 +129,7 @@ class Fleet:
     def _replace(self, engine: _Engine, source: Source, error: Exception) -> Iterator[RowError]:
         """A new engine in the place of a dead one. Its rows are decoded again, from the start and one at a time."""
         reason = last_line(error)
-        self.faults["engine_restarts"] += 1
+        self._faults.record("engine_restarts", reason=reason, rows=len(engine.rows))
         self._restarts_in_a_row += 1
         log.warning("an engine died with %d rows in flight and is replaced: %s", len(engine.rows), reason)
         if self._restarts_in_a_row > MAX_RESTARTS_IN_A_ROW:
@@ -132,9 +138,7 @@ class Fleet:
                 "is kept, and the same command goes on from there"
             )
         kill(engine.actor)
-        if engine.progress:
-            self.faults.update(engine.progress.faults)
-            engine.progress = None
+        engine.waiting = 0
         rows, engine.rows = list(engine.rows.values()), {}
         if len(rows) == 1 and self._is_poison(rows[0]):
             yield source.outcome(
@@ -151,15 +155,8 @@ class Fleet:
 
     @property
     def waiting_for_attribution(self) -> int:
-        return sum(engine.progress.waiting_for_attribution for engine in self._engines if engine.progress)
-
-    def all_faults(self) -> Counter[str]:
-        """What went wrong and was mended since the start, of engines that died, too."""
-        total = self.faults.copy()
-        for engine in self._engines:
-            if engine.progress:
-                total.update(engine.progress.faults)
-        return total
+        """Rows that wait for scores, as last heard."""
+        return sum(engine.waiting for engine in self._engines)
 
     def close(self) -> None:
         for engine in self._engines:

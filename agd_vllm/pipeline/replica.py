@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from agd_vllm.attribution.pool import AttributionPool
+from agd_vllm.attribution.pool import AttributionPool, WorkerLost
 from agd_vllm.chat import load_tokenizer
 from agd_vllm.engine.engine import Engine, EngineSettings, GateSettings
 from agd_vllm.engine.events import SessionFailed
+from agd_vllm.faults import Fault, FaultLog
 from agd_vllm.model import ModelInfo
 from agd_vllm.pipeline.row_loop import decode_row
 from agd_vllm.records import DecodedRow, PreparedRow, RowRefused
@@ -42,10 +42,10 @@ class ReplicaInfo:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Rows that wait for scores now, and what went wrong and was mended since the start."""
+    """Rows that wait for scores now, and what went wrong and was mended since the last time."""
 
     waiting_for_attribution: int
-    faults: dict[str, int]
+    faults: list[Fault]
 
 
 class Replica:
@@ -57,7 +57,8 @@ class Replica:
         self._pool: AttributionPool | None = None
         self._ended: asyncio.Queue[DecodedRow | RowFailed | None] = asyncio.Queue()
         self._tasks: set[asyncio.Task] = set()
-        self._faults: Counter[str] = Counter()
+        self._faults = FaultLog()
+        self._fatal: WorkerLost | None = None
         if not debug:
             logging.getLogger("vllm").setLevel(logging.ERROR)
 
@@ -72,7 +73,7 @@ class Replica:
 
     async def attach(self, workers: list[Any], stateful: bool) -> None:
         """Names the attribution workers. Without this call rows are decoded greedily."""
-        self._pool = AttributionPool(workers, stateful, POOL_DEADLINE_S)
+        self._pool = AttributionPool(workers, stateful, POOL_DEADLINE_S, self._faults)
 
     async def submit(self, rows: list[PreparedRow]) -> None:
         for row in rows:
@@ -88,6 +89,8 @@ class Replica:
             ended = RowFailed(row.id, refused.type, str(refused))
         except SessionFailed as failed:
             ended = RowFailed(row.id, "engine", str(failed))
+        except WorkerLost as lost:
+            self._fatal, ended = lost, None
         except Exception as error:
             # Where the engine is dead the row is not to blame: the driver decodes it again in a new one.
             ended = None if self._engine.dead else RowFailed(row.id, "decode", f"{type(error).__name__}: {error}")
@@ -96,7 +99,7 @@ class Replica:
     async def collect(self, wait_s: float) -> tuple[list[DecodedRow | RowFailed], Progress]:
         """All rows that have ended since the last call; waits up to `wait_s` seconds for the first.
 
-        Raises EngineLost once vLLM's engine is dead.
+        Raises EngineLost once vLLM's engine is dead, WorkerLost once attribution cannot go on.
         """
         ended = []
         try:
@@ -106,15 +109,12 @@ class Replica:
             pass
         while not self._ended.empty():
             ended.append(self._ended.get_nowait())
-        if None in ended or self._engine.dead:
+        if self._fatal is not None:
+            raise self._fatal
+        if self._engine.dead:
             raise EngineLost("vLLM's engine process died")
-        return ended, self._progress()
-
-    def _progress(self) -> Progress:
-        faults = self._faults.copy()
-        if self._pool is not None:
-            faults.update(self._pool.faults)
-        return Progress(self._pool.waiting if self._pool else 0, {k: n for k, n in faults.items() if n})
+        waiting = self._pool.waiting if self._pool else 0
+        return ended, Progress(waiting, self._faults.drain())
 
     async def stop(self) -> None:
         self._engine.shutdown()

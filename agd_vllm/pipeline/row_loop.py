@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerFast
 
@@ -11,7 +11,11 @@ from agd_vllm.attribution.pool import AttributionPool
 from agd_vllm.engine.engine import Engine
 from agd_vllm.engine.events import Finished, SessionStalled
 from agd_vllm.engine.stops import StopCheck
+from agd_vllm.faults import FaultLog
 from agd_vllm.records import DecodedRow, Gate, GuidedStep, PreparedRow
+
+if TYPE_CHECKING:  # it imports vLLM, which the driver does not need
+    from agd_vllm.engine.session import Session
 
 # A session that stalls is opened anew, from the tokens so far; a row that stalls again and again is given up.
 SESSIONS_PER_ROW = 3
@@ -23,7 +27,7 @@ async def decode_row(
     row: PreparedRow,
     tokenizer: PreTrainedTokenizerFast,
     eos_ids: frozenset[int],
-    faults: Counter[str],
+    faults: FaultLog,
 ) -> DecodedRow:
     """Decodes `row`; gated only if there are workers and the row has a region.
 
@@ -33,21 +37,14 @@ async def decode_row(
     stops = StopCheck(row, eos_ids, tokenizer)
     steps: list[GuidedStep] = []
     try:
-        for attempt in range(SESSIONS_PER_ROW):
+        for attempt in range(1, SESSIONS_PER_ROW + 1):
             try:
                 async with engine.session(row, gated, stops) as session:
-                    event = await session.next()
-                    while not isinstance(event, Finished):
-                        context = row.prompt_token_ids + stops.token_ids
-                        scores = await pool.score(row.id, context, row.roi, event)
-                        step = guided_step(event, scores)
-                        faults["nan_scores"] += any(map(math.isnan, scores))
-                        steps.append(step)
-                        event = session.select(step.chosen_id) or await session.next()
+                    reason = await _run_session(session, pool, row, stops, steps, faults)
                 break
             except SessionStalled:
-                faults["sessions_resubmitted"] += 1
-                if attempt + 1 == SESSIONS_PER_ROW:
+                faults.record("sessions_resubmitted", row=row.id, step=len(stops.token_ids))
+                if attempt == SESSIONS_PER_ROW:
                     raise
     finally:
         if gated:
@@ -58,9 +55,29 @@ async def decode_row(
         token_ids=stops.token_ids,
         prompt_token_ids=row.prompt_token_ids,
         roi_spans=row.roi.spans,
-        finish_reason=event.reason,
+        finish_reason=reason,
         steps=steps,
     )
+
+
+async def _run_session(
+    session: Session,
+    pool: AttributionPool | None,
+    row: PreparedRow,
+    stops: StopCheck,
+    steps: list[GuidedStep],
+    faults: FaultLog,
+) -> str:
+    """Runs a session to the row's end, adding to `stops` and `steps`; returns the finish reason."""
+    event = await session.next()
+    while not isinstance(event, Finished):
+        scores = await pool.score(row.id, row.prompt_token_ids + stops.token_ids, row.roi, event)
+        step = guided_step(event, scores)
+        if any(map(math.isnan, scores)):
+            faults.record("nan_scores", row=row.id, step=step.step)
+        steps.append(step)
+        event = session.select(step.chosen_id) or await session.next()
+    return event.reason
 
 
 def guided_step(gate: Gate, scores: list[float]) -> GuidedStep:

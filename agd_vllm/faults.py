@@ -1,0 +1,52 @@
+"""What goes wrong and is mended while a run goes on: counted for `summary.json`, one event each for `--log-json`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """`kind` as `summary.json` counts it, `time` in seconds since the epoch, `detail` in JSON's types."""
+
+    kind: str
+    time: float
+    detail: dict[str, Any]
+
+
+class FaultLog:
+    """Collects faults where they happen; actors hand theirs over with `drain`, the driver takes them with `absorb`.
+
+    With `path` every fault is a line of JSON there, written at once (appended: a resumed run goes on).
+    Raises ValueError where `path` cannot be written.
+    """
+
+    def __init__(self, path: str | None = None):
+        self.counts: Counter[str] = Counter()
+        self._fresh: list[Fault] = []
+        self._file = None
+        if path is not None:
+            try:
+                self._file = open(path, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
+            except OSError as error:
+                raise ValueError(f"--log-json {path}: {error.strerror}") from error
+
+    def record(self, kind: str, **detail: Any) -> None:
+        self.absorb([Fault(kind, time.time(), detail)])
+
+    def absorb(self, faults: list[Fault]) -> None:
+        for fault in faults:
+            self.counts[fault.kind] += 1
+            if self._file is not None:
+                self._file.write(json.dumps(asdict(fault)) + "\n")
+        if self._file is None:
+            self._fresh += faults
+
+    def drain(self) -> list[Fault]:
+        """The faults since the last call."""
+        fresh, self._fresh = self._fresh, []
+        return fresh
