@@ -204,11 +204,15 @@ class RunWriter:
         self._completed = IdSet()
         self._unowned: Counter[bytes] = Counter()
         self._lock = self._take_lock()
-        for folder in ("results", "steps"):
-            self._output.make_folder(folder)
-        self._remove_temporaries()
-        self._next_part = self._recover_parts()
-        self._errors_end = self._recover_errors()
+        try:
+            for folder in ("results", "steps"):
+                self._output.make_folder(folder)
+            self._remove_temporaries()
+            self._next_part = self._recover_parts()
+            self._errors_end = self._recover_errors()
+        except BaseException:
+            self._release_lock()
+            raise
 
     def __enter__(self) -> RunWriter:
         return self
