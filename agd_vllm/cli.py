@@ -58,10 +58,14 @@ def _json_object(_ctx: click.Context, _param: click.Parameter, given: str) -> di
 @click.option("--min-prob", type=float, default=0.05, show_default=True, help="Candidate floor pi_min.")
 @click.option(
     "--roi",
-    default="role=system",
-    show_default=True,
     metavar="SELECTOR",
-    help="Region for rows that name none: role=ROLE, message=N, text=WORDS, or none (decode such rows unguided).",
+    help="Region for rows that name none: role=ROLE, message=N, text=WORDS, or none (such rows are decoded unguided) "
+    "[default: role=system, or none with --roi-heads].",
+)
+@click.option(
+    "--roi-heads",
+    metavar="FILE",
+    help='Attention heads as region, of every row: JSON {"heads": [[layer, head], ...]}; alone or with token spans.',
 )
 @click.option(
     "--scorer",

@@ -18,7 +18,7 @@ NAMED_TOKENS = ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id", 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A checked model. `eos_ids` end a row; `pause_id` is None where no gate is needed."""
+    """A checked model. `eos_ids` end a row; `pause_id` is None where no gate is needed; `max_model_len` counts tokens."""
 
     path: str
     revision: str | None
@@ -26,6 +26,8 @@ class ModelInfo:
     eos_ids: frozenset[int]
     pause_id: int | None
     max_model_len: int
+    num_layers: int
+    num_heads: int
 
 
 def inspect_model(
@@ -50,7 +52,16 @@ def inspect_model(
     eos_ids = frozenset({tokenizer.eos_token_id, *_as_list(generation.eos_token_id)} - {None})
     text_config = config.get_text_config()
     pause_id = find_pause_token(tokenizer, text_config, eos_ids) if guided else None
-    info = ModelInfo(path, revision, trust_remote_code, eos_ids, pause_id, text_config.max_position_embeddings)
+    info = ModelInfo(
+        path,
+        revision,
+        trust_remote_code,
+        eos_ids,
+        pause_id,
+        max_model_len=text_config.max_position_embeddings,
+        num_layers=text_config.num_hidden_layers,
+        num_heads=text_config.num_attention_heads,
+    )
     return info, tokenizer
 
 

@@ -16,8 +16,9 @@ from agd_vllm.template import ChatTemplate, Rendered, raw_prompt
 class Preparer:
     """Applies one run's settings to its rows.
 
-    `default_roi` is for rows that name no region (None: such rows are decoded unguided); not `guided`, no region is
-    looked at. `max_tokens` is for rows that name none. `max_model_len` bounds prompt and output together, in tokens.
+    `default_roi` is for rows that name no region (None: such rows have no tokens as region); `roi_heads`, (layer, head)
+    pairs, are part of every region; a row with neither is decoded unguided. Not `guided`, no region is looked at.
+    `max_tokens` is for rows that name none. `max_model_len` bounds prompt and output together, in tokens.
     `pause_token_id` is the token by which the gate stops the engine, so no prompt may hold it.
     Raises ValueError for `chat_template_kwargs` that are no variables of a template.
     """
@@ -27,6 +28,7 @@ class Preparer:
         tokenizer: PreTrainedTokenizerFast,
         *,
         default_roi: tuple[Selector, ...] | None,
+        roi_heads: tuple[tuple[int, int], ...] = (),
         guided: bool,
         max_tokens: int,
         max_model_len: int | None = None,
@@ -37,6 +39,7 @@ class Preparer:
         self._template = ChatTemplate(tokenizer)
         self._tokenizer = ChatTokenizer(tokenizer)
         self._default_roi = default_roi
+        self._heads = roi_heads
         self._max_tokens = max_tokens
         self._max_model_len = max_model_len
         self._kwargs = dict(chat_template_kwargs or {})
@@ -110,6 +113,11 @@ class Preparer:
     def _region(self, row: InputRow, rendered: Rendered, tokens: Tokens) -> Roi:
         if not self.guided:
             return Roi()
+        spans = self._named_region(row, rendered, tokens).spans
+        return Roi(spans, self._heads)
+
+    def _named_region(self, row: InputRow, rendered: Rendered, tokens: Tokens) -> Roi:
+        """The tokens that the row names, or by default the run."""
         if row.roi is not None:
             return region(row.roi, rendered, tokens)
         if self._default_roi is None:

@@ -90,6 +90,7 @@ def test_a_tokenizer_without_an_unused_special_token_cannot_pause(capsys, tmp_pa
         ("--top-k", "1", "top_k"),
         ("--min-prob", "1.5", "min_prob"),
         ("--max-tokens", "0", "max_tokens"),
+        ("--max-model-len", "8193", "8192"),
         ("--engines", "0", "engines"),
         ("--attribution-workers", "0", "attribution_workers"),
         ("--limit", "0", "limit"),
@@ -132,6 +133,26 @@ def test_dry_run_reports_bad_rows(capsys, smollm2, tmp_path):
     status, out, _ = run(capsys, "decode", str(path), "--model", str(smollm2), "--dry-run")
     assert status == 3
     assert "no-region" in out or "line 2" in out
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (None, "No such file"),
+        ("{", "no head set"),
+        ('{"heads": [3]}', "no head set"),
+        ('{"heads": []}', "empty"),
+        ('{"heads": [[30, 0]]}', "layers 0 to 29"),
+        ('{"heads": [[0, 9]]}', "heads 0 to 8"),
+        ('{"heads": [[0, -1]]}', "heads 0 to 8"),
+    ],
+)
+def test_unusable_head_sets(capsys, tmp_path, smollm2, data, content, word):
+    path = tmp_path / "heads.json"
+    if content is not None:
+        path.write_text(content)
+    arguments = ("--model", str(smollm2), "--output", str(tmp_path / "out"), "--roi-heads", str(path))
+    assert word in fails(capsys, 2, "decode", data, *arguments)
 
 
 def test_unknown_demo_model(capsys, tmp_path):

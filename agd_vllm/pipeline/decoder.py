@@ -14,6 +14,7 @@ from agd_vllm.attribution.worker import AttributionSettings
 from agd_vllm.engine.arguments import check_engine_args
 from agd_vllm.engine.engine import EngineSettings, GateSettings
 from agd_vllm.faults import FaultLog
+from agd_vllm.heads import read_head_set
 from agd_vllm.model import inspect_model
 from agd_vllm.pipeline import placement
 from agd_vllm.pipeline.fleet import Fleet, kill, last_line
@@ -37,7 +38,8 @@ class DecoderOptions:
     tau: float = 1.734
     top_k: int = 5
     min_prob: float = 0.05
-    roi: str = "role=system"
+    roi: str | None = None
+    roi_heads: str | None = None
     scorer: str = "forward"
     rule: str = "attnlrp"
     engines: int = 1
@@ -69,6 +71,13 @@ class DecoderOptions:
                 raise ValueError(message)
 
     @property
+    def default_roi(self) -> str:
+        """The region of rows that name none: the system prompt, but for a head set, which is a region of its own."""
+        if self.roi is not None:
+            return self.roi
+        return "none" if self.roi_heads else "role=system"
+
+    @property
     def guided(self) -> bool:
         return self.strategy == "agd"
 
@@ -88,7 +97,7 @@ class Decoder:
         if options is None:
             options = DecoderOptions(model=model, **kwargs)
         self.options = options
-        self._default_roi = parse_selector_option(options.roi)
+        self._default_roi = parse_selector_option(options.default_roi)
         check_engine_args(options.engine_args)
         self.model, self.tokenizer = inspect_model(
             options.model,
@@ -96,6 +105,12 @@ class Decoder:
             revision=options.engine_args.get("revision"),
             trust_remote_code=options.trust_remote_code,
         )
+        longest = self.model.max_model_len
+        if options.max_model_len is not None and options.max_model_len > longest:
+            raise ValueError(f"max_model_len {options.max_model_len}: the model takes at most {longest}")
+        self._roi_heads = ()
+        if options.roi_heads:
+            self._roi_heads = read_head_set(options.roi_heads, self.model.num_layers, self.model.num_heads)
         self._fault_log = FaultLog(options.log_json)
         self._cluster: placement.Cluster | None = None
         self._workers: list[Any] = []
@@ -108,6 +123,7 @@ class Decoder:
         return Preparer(
             self.tokenizer,
             default_roi=self._default_roi,
+            roi_heads=self._roi_heads,
             guided=options.guided,
             max_tokens=options.max_tokens,
             max_model_len=max_model_len or options.max_model_len or self.model.max_model_len,

@@ -89,6 +89,7 @@ def _decode(decoder: Decoder, rows: Iterable[InputRow | RowError], writer: RunWr
 
 def _identity(settings: RunSettings, options: DecoderOptions) -> dict[str, Any]:
     parameters = {key: value for key, value in asdict(options).items() if key not in NOT_IDENTITY}
+    parameters["roi"] = options.default_roi
     return {"inputs": list(settings.inputs), **parameters}
 
 
