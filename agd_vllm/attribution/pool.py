@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import RayActorError
 
 from agd_vllm.faults import FaultLog
 from agd_vllm.records import Gate, Roi, ScoreRequest
 
 MAX_BATCH = 64
 MAX_FAILURES_IN_A_ROW = 5
+RESTART_POLL_S = 0.5
 
 
 @dataclass(slots=True)
@@ -87,20 +89,35 @@ class AttributionPool:
             try:
                 await self._score_batch(lane, batch)
                 lane.failures = 0
-            except (RayActorError, ActorUnavailableError, TimeoutError) as error:
-                if isinstance(error, TimeoutError):
-                    ray.kill(lane.worker, no_restart=False)
-                # Ray restarts the actor; it knows nothing then.
+            except (RayActorError, TimeoutError) as error:
                 self._faults.record("worker_restarts", reason=type(error).__name__, steps=len(batch))
                 lane.failures += 1
                 lane.held = dict.fromkeys(lane.held, 0)
-                if lane.failures >= MAX_FAILURES_IN_A_ROW:
-                    self._fail(batch, WorkerLost(f"an attribution worker failed {lane.failures} times: {error}"))
+                try:
+                    await self._revive(lane, error)
+                except WorkerLost as lost:
+                    self._fail([*batch, *lane.pending], lost)
+                    lane.pending.clear()
                 else:
                     lane.pending.extendleft(reversed(batch))
-                    await asyncio.sleep(lane.failures)
             except Exception as error:
                 self._fail(batch, error)
+
+    async def _revive(self, lane: _Lane, error: Exception) -> None:
+        """Waits until Ray has restarted the actor, which loads the model anew and holds no sequence then."""
+        if lane.failures >= MAX_FAILURES_IN_A_ROW:
+            raise WorkerLost(f"an attribution worker failed {lane.failures} times in a row: {error}")
+        if isinstance(error, TimeoutError):
+            ray.kill(lane.worker, no_restart=False)
+        deadline = time.monotonic() + self._deadline_s
+        while True:
+            await asyncio.sleep(RESTART_POLL_S)
+            try:
+                await lane.worker.stateful.remote()
+                return
+            except RayActorError as restarting:
+                if time.monotonic() > deadline:
+                    raise WorkerLost(f"an attribution worker did not come back: {restarting}") from restarting
 
     @staticmethod
     def _fail(batch: list[_Pending], error: Exception) -> None:
