@@ -173,8 +173,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _fail_with(error: Exception) -> int:
     from agd_vllm.reader import InputUnusable
+    from agd_vllm.storage import OutputFailed
     from agd_vllm.summary import OutputUnusable
-    from agd_vllm.writer import OutputFailed
 
     if isinstance(error, ValueError | InputUnusable | OutputUnusable):
         return _fail(str(error), UNUSABLE)

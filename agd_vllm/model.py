@@ -18,7 +18,7 @@ NAMED_TOKENS = ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id", 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A checked model. `eos_ids` end a row, `pause_id` is None where no gate is needed, `max_model_len` is in tokens."""
+    """A checked model. `eos_ids` end a row; `pause_id` is None where no gate is needed; lengths are in tokens."""
 
     path: str
     revision: str | None

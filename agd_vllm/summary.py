@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from agd_vllm.writer import ERRORS, LOCK, OutputDirectory, OutputFailed
+from agd_vllm.storage import OutputDirectory, OutputFailed
+from agd_vllm.writer import ERRORS, LOCK
 
 RUN = "run.json"
 SUMMARY = "summary.json"

@@ -38,11 +38,11 @@ def highlighted(prompt, *selectors, kind="byte_level"):
 
 def test_counts():
     items = [
-        chat("a", "Answer in French."),
+        chat("a", "Please answer in one sentence."),
         RowError(input="{", line=2, id=None, type="not_json", message="cut off"),
         chat("b", None, line=3),
         InputRow(id="c", prompt="Answer in French.", roi=(Selector(text="French"),)),
-        chat("d", "Please answer in one sentence."),
+        chat("d", "Answer in French."),
     ]
     counts, text = shown(items)
     prompts = [
@@ -65,10 +65,14 @@ def test_counts():
 
 
 def test_rows_without_a_region_are_counted_apart():
-    counts, text = shown([chat("a", "Answer in French."), chat("b", None)], default_roi=None)
-    assert (counts.without_region, counts.region_tokens) == (2, 0)
+    plain = [chat("a", "Answer in French."), chat("b", None)]
+    counts, text = shown(plain, default_roi=None)
+    assert (counts.usable, counts.without_region, counts.region_tokens) == (2, 2, 0)
     assert "region tokens    none\n" in text
     assert "without a region 2 (decoded unguided)\n" in text
+    counts, text = shown([chat("c", "Answer in French.", roi=SYSTEM), *plain], default_roi=None)
+    assert (counts.usable, counts.without_region) == (3, 2)
+    assert "region tokens    min 4, mean 4.0, max 4 a row\n" in text
 
 
 def test_greedy_shows_no_region():

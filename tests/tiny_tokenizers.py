@@ -45,7 +45,8 @@ THINKING = (
 )
 # Answers questions in another way than orders.
 QUESTIONS = (
-    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}{{ '<|end|>' if m.content.endswith('?') else '.' }}"
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}"
+    "{{ '<|end|>' if m.content.endswith('?') else '<|pad|>' }}"
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 TEMPLATES = {

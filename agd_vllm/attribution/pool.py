@@ -38,6 +38,7 @@ class _Lane:
     held: dict[str, int] = field(default_factory=dict)  # sequence -> tokens that the worker has seen
     released: list[str] = field(default_factory=list)
     failures: int = 0
+    alone: int = 0  # requests to send one by one
     task: asyncio.Task | None = None
 
 
@@ -84,7 +85,9 @@ class AttributionPool:
 
     async def _work_off(self, lane: _Lane) -> None:
         while lane.pending:
-            batch = [lane.pending.popleft() for _ in range(min(MAX_BATCH, len(lane.pending)))]
+            size = 1 if lane.alone else MAX_BATCH
+            lane.alone = max(0, lane.alone - 1)
+            batch = [lane.pending.popleft() for _ in range(min(size, len(lane.pending)))]
             batch = [pending for pending in batch if not pending.scores.done()]
             try:
                 await self._score_batch(lane, batch)
@@ -101,7 +104,14 @@ class AttributionPool:
                 else:
                     lane.pending.extendleft(reversed(batch))
             except Exception as error:
-                self._fail(batch, error)
+                # One request may have failed for all: each is tried alone.
+                for pending in batch:
+                    lane.held[pending.sequence] = 0
+                if len(batch) == 1:
+                    self._fail(batch, error)
+                else:
+                    lane.alone = len(batch)
+                    lane.pending.extendleft(reversed(batch))
 
     async def _revive(self, lane: _Lane, error: Exception) -> None:
         """Waits until Ray has restarted the actor, which loads the model anew and holds no sequence then."""

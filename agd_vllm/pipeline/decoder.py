@@ -112,6 +112,7 @@ class Decoder:
         if options.roi_heads:
             self._roi_heads = read_head_set(options.roi_heads, self.model.num_layers, self.model.num_heads)
         self._fault_log = FaultLog(options.log_json)
+        self.preparer()  # refuses chat template kwargs that cannot be set
         self._cluster: placement.Cluster | None = None
         self._workers: list[Any] = []
         self._fleet: Fleet | None = None

@@ -1,0 +1,135 @@
+"""The output directory as storage: files under a local path or any fsspec URL, each written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+
+class OutputFailed(Exception):
+    """The output cannot be written or read back. One line; what was durable before is whole, and a resume goes on."""
+
+
+class OutputDirectory:
+    """Files under a local path or any fsspec URL, each written whole or not at all.
+
+    Raises:
+        OutputFailed: from every method, for whatever fault the storage has.
+    """
+
+    def __init__(self, directory: str):
+        self.name = directory
+        with self.faults(""):
+            self._fs, self._root = fsspec.url_to_fs(directory)
+        self.local = isinstance(self._fs, LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}" if name else self._root
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names of the files in a folder, hidden ones too; none where there is no such folder."""
+        with self.faults(folder):
+            self._fs.invalidate_cache()
+            try:
+                return sorted(os.path.basename(path) for path in self._fs.ls(self.path(folder), detail=False))
+            except FileNotFoundError:
+                return []
+
+    def parts(self, folder: str) -> dict[int, str]:
+        """Part numbers of `results` or `steps`, ascending, with their names relative to the directory."""
+        found = ((re.fullmatch(r"part-(\d+)\.parquet", name), name) for name in self.names(folder))
+        return dict(sorted((int(match[1]), f"{folder}/{name}") for match, name in found if match))
+
+    def is_file(self) -> bool:
+        with self.faults(""):
+            return self._fs.isfile(self._root)
+
+    def make_folder(self, name: str) -> None:
+        with self.faults(name):
+            self._fs.makedirs(self.path(name), exist_ok=True)
+            if self.local:
+                self._sync("")
+
+    def open(self, name: str) -> BinaryIO:
+        with self.faults(name):
+            return self._fs.open(self.path(name), "rb")
+
+    def remove(self, name: str) -> None:
+        with self.faults(name):
+            self._fs.rm_file(self.path(name))
+
+    def rename(self, name: str, new: str) -> None:
+        with self.faults(name):
+            self._fs.mv(self.path(name), self.path(new))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Puts a file into place at once and, on a local disk, durably. A temporary name beside it is hidden."""
+        folder, _, base = name.rpartition("/")
+        temporary = self.path(f"{folder}/.{base}.tmp" if folder else f".{base}.tmp")
+        with self.faults(name):
+            self._fs.makedirs(self.path(folder), exist_ok=True)  # object stores drop empty folders
+            try:
+                with self._fs.open(temporary, "wb") as file:
+                    file.write(data)
+                    if self.local:
+                        file.flush()
+                        os.fsync(file.fileno())
+                if self.local:
+                    os.replace(temporary, self.path(name))
+                    self._sync(folder)
+                else:
+                    self._fs.mv(temporary, self.path(name))
+            except BaseException:
+                with suppress(Exception):  # the first fault is the one to tell of
+                    self._fs.rm_file(temporary)
+                raise
+
+    def write_from(self, name: str, offset: int, data: bytes) -> None:
+        """Replaces all of a file from `offset` on, durably; what stood before it is kept whatever happens."""
+        if not self.local:  # object stores cannot append
+            kept = self._read(name)[:offset] if offset else b""
+            return self.write(name, kept + data)
+        # Unbuffered: closing a file must not try again to write what has just failed.
+        with self.faults(name), open(self.path(name), "ab", buffering=0) as file:
+            file.truncate(offset)
+            try:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except BaseException:
+                with suppress(OSError):  # the next try begins with it, too
+                    file.truncate(offset)
+                raise
+            if not offset:
+                self._sync("")
+
+    def _read(self, name: str) -> bytes:
+        with self.open(name) as file, self.faults(name):
+            return file.read()
+
+    def _sync(self, folder: str) -> None:
+        """Makes a rename or a new file durable, which is a change of its folder."""
+        descriptor = os.open(self.path(folder), os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def faults(self, name: str) -> Iterator[None]:
+        """One line for any fault: every file system raises kinds of its own, hence Exception."""
+        try:
+            yield
+        except OutputFailed:
+            raise
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+            where = f"{self.name.rstrip('/')}/{name}" if name else self.name
+            raise OutputFailed(f"output {where}: {reason}; mend that and run the same command again") from error
