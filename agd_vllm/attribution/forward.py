@@ -70,7 +70,7 @@ class ForwardScorer:
             num_kv_heads=self.hf.num_kv_heads,
             head_dim=self.hf.head_dim,
             key_tangents=self.tangents.key_tangents,
-            dtype=self.hf.unembedding.dtype,
+            dtype=self.tangents.attention_dtype,
             device=self.hf.device,
         )
         self.cache = TangentCache(shape, cache_bytes)
@@ -102,6 +102,8 @@ class ForwardScorer:
         waiting = list(range(len(requests)))
         while waiting:
             jobs, waiting = self._next_jobs(requests, regions, waiting)
+            if not jobs:  # none of them can be resumed
+                break
             for job, scores in zip(jobs, self._run(jobs), strict=True):
                 answers[job.index] = scores
         self.cache.evict(0)

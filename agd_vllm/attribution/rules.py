@@ -52,7 +52,7 @@ def linear(streams: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     The bias carries no tangent: epsilon-LRP with the bias as an input of its own (eq. 8).
     """
     rows = streams.flatten(0, 1).to(weight.dtype)
-    out = _matrix_product(rows, weight).unflatten(0, streams.shape[:2])
+    out = _product(rows, weight).unflatten(0, streams.shape[:2])
     if bias is not None:
         out[0] += bias
     return out
@@ -96,26 +96,25 @@ def attention(
     o' = h a v' + a' v with h = 1/2: the uniform rule at a v (Prop. 3.3).
     CP-LRP holds a constant: f = 0, h = 1, and q and k have their value only. I x G: f = h = 1.
     """
-    num_streams, per_stream = values.shape[1], queries.shape[2]
-    through_scores = rule.scores != 0
-    scores = torch.bmm(queries.flatten(1, 2), keys[:, 0].mT).unflatten(1, (-1, per_stream))
+    num_streams, num_queries = values.shape[1], queries.shape[2]
+    scores = _products(queries.flatten(1, 2), keys[:, 0]).unflatten(1, (-1, num_queries))
     hide(scores[:, 0])
-    weights = torch.empty_like(scores) if through_scores else None
     probabilities = torch.softmax(scores[:, 0], dim=-1, dtype=torch.float32)
-    value_probabilities = probabilities.to(values.dtype)
-    if not through_scores:
-        return torch.matmul(value_probabilities[:, None], values)
-    weights[:, 0] = value_probabilities
+    weights = torch.empty_like(scores) if rule.scores else torch.empty_like(scores[:, :1])
+    weights[:, 0] = probabilities
+    if rule.scores:
+        for tangent in range(1, num_streams):
+            change = (scores[:, tangent] + _products(queries[:, 0], keys[:, tangent])).float()
+            change -= torch.linalg.vecdot(probabilities, change)[:, :, None]
+            torch.mul(probabilities, change, out=weights[:, tangent])
+    through_weights = _products(weights.flatten(1, 2), values[:, 0].mT).unflatten(1, (-1, num_queries))
+    out = [through_weights[:, 0]]
     for tangent in range(1, num_streams):
-        change = torch.baddbmm(scores[:, tangent], queries[:, 0], keys[:, tangent].mT).float()
-        change -= (probabilities * change).sum(-1, keepdim=True)
-        weights[:, tangent] = change.mul_(probabilities)
-    out = torch.bmm(weights.flatten(1, 2), values[:, 0]).unflatten(1, (num_streams, per_stream))
-    for tangent in range(1, num_streams):
-        out[:, tangent] = torch.baddbmm(
-            out[:, tangent], value_probabilities, values[:, tangent], beta=rule.scores, alpha=rule.values
-        )
-    return out
+        through_values = _products(weights[:, 0], values[:, tangent].mT).mul_(rule.values)
+        if rule.scores:
+            through_values.add_(through_weights[:, tangent], alpha=rule.scores)
+        out.append(through_values)
+    return torch.stack(out, dim=1)
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation, rule: Rule) -> torch.Tensor:
@@ -175,10 +174,17 @@ ACTIVATIONS = {
 }
 
 
-def _matrix_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """rows [M, in] times the transpose of weight [out, in]."""
     if rows.device.type == "cpu" and rows.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         # torch sends float32 products to MKL, which keeps to AVX2 on AMD and is slow for a few rows everywhere.
         # oneDNN in full float32, as Inductor calls it, is 2 to 4 times faster on the same weights.
         return torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
     return F.linear(rows, weight)
+
+
+def _products(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """For each of a batch, rows [B, M, in] times the transpose of weights [B, out, in]."""
+    if len(rows) == 1:
+        return _product(rows[0], weights[0])[None]
+    return torch.bmm(rows, weights.mT)

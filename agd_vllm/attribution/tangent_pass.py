@@ -12,17 +12,21 @@ from agd_vllm.attribution.hf_model import HFModel
 from agd_vllm.attribution.rules import RULES, attention, gated, linear, rms_norm, rope
 from agd_vllm.attribution.tangent_cache import CachedSequence
 
-SCORE_ELEMENTS = 1 << 21
-"""Attention scores of one stream that are held at once; long prefixes attend in blocks of queries."""
+SCORE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
+"""Attention scores of one stream, in float32 bytes, held at once: what a CPU's cache holds, what fills a GPU."""
 
 
 class Block(NamedTuple):
-    """Queries [start, end) of a segment, the cached positions [first, last) that they see, and what to hide."""
+    """Queries [start, end) of a segment, the cached positions [first, last) that they see, and what to hide.
+
+    `groups`: the key-value heads that attend together.
+    """
 
     start: int
     end: int
     first: int
     last: int
+    groups: list[slice]
     hide: Callable[[torch.Tensor], object]
 
 
@@ -39,6 +43,7 @@ class TangentPass:
         self.rule = RULES[rule]
         self.decoder = adapt(hf)
         self.key_tangents = self.rule.scores != 0
+        self.attention_dtype = torch.float32
 
     def extend(self, segments: Sequence[tuple[CachedSequence, int]]) -> torch.Tensor:
         """Compute the next tokens of each sequence, for which there must be room, and add them to its cache.
@@ -89,18 +94,19 @@ class TangentPass:
 
     def _blocks(self, length: int, count: int, window: int | None) -> list[Block]:
         """Blocks of queries for `count` tokens after `length` cached ones, each over the keys it can see."""
-        size = max(1, SCORE_ELEMENTS // (self.hf.num_heads * (length + count)))
+        group, total = self.hf.num_heads // self.hf.num_kv_heads, length + count
+        limit = SCORE_BYTES[self.hf.device.type] // 4
+        # Heads attend together while that is small (few calls), one by one when long (scores stay in the CPU's cache).
+        together = self.hf.num_heads * count * total <= limit or self.hf.device.type != "cpu"
+        groups = [slice(None)] if together else [slice(head, head + 1) for head in range(self.hf.num_kv_heads)]
+        size = max(1, limit // ((self.hf.num_heads if together else group) * total))
         blocks = []
         for start in range(0, count, size):
             end = min(start + size, count)
             first = max(0, length + start - window + 1) if window else 0
-            last = length + end
-            queries = torch.arange(length + start, last, device=self.hf.device)[:, None]
-            keys = torch.arange(first, last, device=self.hf.device)
-            hidden = keys > queries
-            if window:
-                hidden |= keys <= queries - window
-            blocks.append(Block(start, end, first, last, _hide(hidden) if end - start > 1 else _hide_nothing))
+            positions = torch.arange(length + start, length + end, device=self.hf.device)
+            keys = positions if window is None else torch.arange(first, length + end, device=self.hf.device)
+            blocks.append(Block(start, end, first, length + end, groups, _hide(positions, keys, window)))
         return blocks
 
     def _attend(
@@ -119,10 +125,10 @@ class TangentPass:
         queries = self._heads(scored, layer.q, layer.q_norm, table) * layer.scaling
         keys = self._heads(scored, layer.k, layer.k_norm, table)
         values = self._linear(normed, layer.v).unflatten(-1, (hf.num_kv_heads, hf.head_dim))
-        dtype = values.dtype
+        dtype = self.attention_dtype
         # Heads first, as the cache has them: queries [K, S, heads of the group, N, D], keys and values [K, S, N, D].
         queries = queries.to(dtype).unflatten(2, (hf.num_kv_heads, -1)).permute(2, 0, 3, 1, 4)
-        keys, values = keys.to(dtype).permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)
+        keys, values = keys.to(dtype).permute(2, 0, 1, 3), values.to(dtype).permute(2, 0, 1, 3)
         num_streams, num_tokens = normed.shape[:2]
         out = normed.new_empty(num_streams, num_tokens, hf.num_heads, hf.head_dim, dtype=dtype)
         grouped = out.unflatten(2, (hf.num_kv_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -135,14 +141,15 @@ class TangentPass:
             for block in sequence_blocks:
                 rows = slice(offset + block.start, offset + block.end)
                 seen = slice(block.first, block.last)
-                per_block = attention(
-                    queries[:, :, :, rows].flatten(2, 3),
-                    sequence.keys[index, :, :, seen],
-                    sequence.values[index, :, :, seen],
-                    block.hide,
-                    self.rule,
-                )
-                grouped[:, :, :, rows] = per_block.unflatten(2, (-1, block.end - block.start))
+                for group in block.groups:
+                    attended = attention(
+                        queries[group, :, :, rows].flatten(2, 3),
+                        sequence.keys[index, group, :, seen],
+                        sequence.values[index, group, :, seen],
+                        block.hide,
+                        self.rule,
+                    )
+                    grouped[group, :, :, rows] = attended.unflatten(2, (-1, block.end - block.start))
             for region, heads in enumerate(sequence.heads, start=1):
                 # A head of the region is a component itself: o' += o (arXiv 2509.26307), nested heads each count.
                 for head in heads.get(index, ()):
@@ -164,14 +171,16 @@ class TangentPass:
         return streams if norm is None else rms_norm(streams.float(), norm.gain, norm.eps, self.rule)
 
 
-def _hide(hidden: torch.Tensor) -> Callable[[torch.Tensor], object]:
-    """Mask scores [K, heads of the group * tokens, L] in place where `hidden` [tokens, L] is true."""
+def _hide(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> Callable[[torch.Tensor], object]:
+    """What masks the scores [K, heads of the group * queries, keys] of these positions in place: causality and window.
+
+    All keys before the first query are seen unless there is a window: only the columns from there on need a mask.
+    """
+    hidden = keys > queries[:, None]
+    if window is not None:
+        hidden |= keys <= queries[:, None] - window
 
     def hide(scores: torch.Tensor) -> None:
-        scores.unflatten(1, (-1, hidden.shape[0])).masked_fill_(hidden, float("-inf"))
+        scores.unflatten(1, (-1, len(queries)))[..., -hidden.shape[1] :].masked_fill_(hidden, float("-inf"))
 
     return hide
-
-
-def _hide_nothing(scores: torch.Tensor) -> None:
-    """One query sees all the keys that it is given."""
