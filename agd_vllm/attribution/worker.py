@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,17 +11,24 @@ from agd_vllm.records import ScoreRequest
 
 @dataclass(frozen=True, slots=True)
 class AttributionSettings:
-    """What a worker is started with. `scorer` is `forward` or `lxt`, `rule` is `attnlrp`, `cplrp` or `ixg`."""
+    """What a worker is started with. `scorer` is `forward` or `lxt`, `rule` is `attnlrp`, `cplrp` or `ixg`.
+
+    `cores`: the CPU cores that it runs on (CPU only; None leaves it to torch).
+    """
 
     scorer: str
     rule: str
     dtype: str
+    cores: list[int] | None = None
 
 
 class AttributionWorker:
     """A plain class; the pipeline makes it a Ray actor. One call at a time."""
 
     def __init__(self, model: str, revision: str | None, trust_remote_code: bool, settings: AttributionSettings):
+        if settings.cores is not None:
+            os.sched_setaffinity(0, settings.cores)
+            os.environ["OMP_NUM_THREADS"] = str(len(settings.cores))  # read when torch is imported
         from agd_vllm.attribution.scorer import load_scorer
 
         self._scorer = load_scorer(

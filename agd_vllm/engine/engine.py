@@ -30,13 +30,17 @@ class GateSettings:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """What an engine is started with; `engine_args` go to vLLM's AsyncEngineArgs as they are and win."""
+    """What an engine is started with; `engine_args` go to vLLM's AsyncEngineArgs as they are and win.
+
+    `cores`: the CPU cores that vLLM's threads are bound to (CPU only; None leaves it to vLLM).
+    """
 
     dtype: str = "auto"
     max_model_len: int | None = None
     seed: int = 0
     trust_remote_code: bool = False
     deadline_s: float = 300.0
+    cores: list[int] | None = None
     engine_args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -52,7 +56,7 @@ class Engine:
     def start(self) -> None:
         self._receiver = GateReceiver()
         asyncio.get_running_loop().add_reader(self._receiver.fileno(), self._receiver.drain)
-        _set_environment()
+        _set_environment(self._settings)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -123,8 +127,10 @@ def _on_cpu() -> bool:
     return not torch.cuda.is_available()
 
 
-def _set_environment() -> None:
+def _set_environment(settings: EngineSettings) -> None:
     """vLLM reads these when it is imported or when its worker starts; what the user has set wins."""
     # The gate is a Model Runner V1 logits processor.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if settings.cores is not None:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, settings.cores)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -159,9 +159,14 @@ class Decoder:
         )
         gate = GateSettings(options.tau, options.top_k, options.min_prob)
         attribution = AttributionSettings(options.scorer, options.rule, options.attribution_dtype or options.dtype)
-        self._workers = [placement.make_worker(cluster, model, attribution, debug) for _ in range(workers)]
+        engine_cores, worker_cores = placement.cores(cluster, options.engines, workers)
+        self._workers = [
+            placement.make_worker(cluster, model, replace(attribution, cores=cores), debug) for cores in worker_cores
+        ]
         self._fleet = Fleet(
-            make=lambda: placement.make_replica(cluster, model, engine, gate, debug),
+            make=lambda index: placement.make_replica(
+                cluster, model, replace(engine, cores=engine_cores[index]), gate, debug
+            ),
             attach=self._attach,
             count=options.engines,
             faults=self._fault_log,

@@ -31,6 +31,7 @@ log = logging.getLogger("agd_vllm")
 
 @dataclass(slots=True, eq=False)
 class _Engine:
+    index: int
     actor: Any
     rows: dict[str, PreparedRow] = field(default_factory=dict)
     # In flight when the engine died: decoded again one at a time, so that the one that kills it is found.
@@ -42,15 +43,15 @@ class _Engine:
 
 
 class Fleet:
-    """Starts `count` engines by `make` (an actor of Replica) and tells each by `attach` who scores for it.
+    """Starts `count` engines by `make` (index to an actor of Replica) and tells each by `attach` who scores for it.
 
     Raises RuntimeError where one cannot start, or dies MAX_RESTARTS_IN_A_ROW times with no row decoded in between.
     """
 
-    def __init__(self, make: Callable[[], Any], attach: Callable[[Any], None], count: int, faults: FaultLog):
+    def __init__(self, make: Callable[[int], Any], attach: Callable[[Any], None], count: int, faults: FaultLog):
         self._make = make
         self._attach = attach
-        self._engines = [_Engine(make()) for _ in range(count)]
+        self._engines = [_Engine(index, make(index)) for index in range(count)]
         self._restarts_in_a_row = 0
         self._alone_deaths: Counter[str] = Counter()
         self._faults = faults
@@ -146,7 +147,7 @@ class Fleet:
             )
         else:
             engine.suspects.extendleft(reversed(rows))
-        engine.actor, engine.started = self._make(), False
+        engine.actor, engine.started = self._make(engine.index), False
         engine.call = engine.actor.start.remote()
 
     def _is_poison(self, row: PreparedRow) -> bool:

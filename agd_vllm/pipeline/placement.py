@@ -12,6 +12,7 @@ import ray
 from agd_vllm.attribution.worker import AttributionSettings, AttributionWorker
 from agd_vllm.engine.engine import EngineSettings, GateSettings
 from agd_vllm.model import ModelInfo
+from agd_vllm.pipeline.cores import split_cores
 from agd_vllm.pipeline.replica import Replica
 
 # Ray restarts a worker that died; it holds nothing that cannot be sent again.
@@ -58,6 +59,13 @@ def connect(actors: int, debug: bool) -> Cluster:
 def disconnect(cluster: Cluster) -> None:
     if cluster.started:
         ray.shutdown()
+
+
+def cores(cluster: Cluster, engines: int, workers: int) -> tuple[list[list[int] | None], list[list[int] | None]]:
+    """Cores of each engine and worker; None where a GPU does the work, or where others share the cluster's machines."""
+    if cluster.gpus or not cluster.started:
+        return [None] * engines, [None] * workers
+    return split_cores(engines, workers)
 
 
 def make_replica(cluster: Cluster, model: ModelInfo, engine: EngineSettings, gate: GateSettings, debug: bool) -> Any:
