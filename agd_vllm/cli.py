@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -133,6 +134,8 @@ def decode(
     if dry_run:
         failed = preview(inputs, decoder_options, limit)
     else:
+        # A scheduler's "terminate" ends a run as Ctrl-C does: what is decoded is written first.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         if output is None:
             raise click.UsageError("--output DIR is missing; say where the results go (or try --dry-run)")
         failed = run_dataset(RunSettings(inputs, output, limit, resume, part_rows, part_seconds), decoder_options)

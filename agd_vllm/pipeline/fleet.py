@@ -61,7 +61,7 @@ class Fleet:
         try:
             infos = ray.get([engine.actor.start.remote() for engine in self._engines])
         except Exception as error:
-            raise RuntimeError(f"an engine could not start: {last_line(error)}") from error
+            raise RuntimeError(f"an engine could not start: {last_line(error)} (--debug shows vLLM's log)") from error
         for engine in self._engines:
             self._attach(engine.actor)
             engine.started = True

@@ -22,6 +22,8 @@ class ProgressLine:
         self._console = console
         self._live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
         self._interval = LIVE_SECONDS if self._live else PLAIN_SECONDS
+        self._begun: float | None = None
+        self._ended: float | None = None
         self.rows = self.failed = self.tokens = self.guided = 0
 
     def __enter__(self) -> ProgressLine:
@@ -31,12 +33,16 @@ class ProgressLine:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._ended = time.monotonic()
         if self._live:
             self._live.stop()
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self._begun
+        """Seconds of decoding so far, or in all."""
+        if self._begun is None:
+            return 0.0
+        return (self._ended or time.monotonic()) - self._begun
 
     def count(self, outcome: DecodedRow | RowError) -> None:
         self.rows += 1

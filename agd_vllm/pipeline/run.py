@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,8 +15,9 @@ from agd_vllm.dry_run import dry_run
 from agd_vllm.pipeline.decoder import Decoder, DecoderOptions
 from agd_vllm.pipeline.progress import ProgressLine, print_summary
 from agd_vllm.pipeline.versions import versions
-from agd_vllm.reader import IdSet, check_inputs, read_rows
+from agd_vllm.reader import check_inputs, read_rows
 from agd_vllm.records import InputRow, RowError
+from agd_vllm.storage import OutputFailed
 from agd_vllm.summary import count_outputs, open_run, read_summary, write_summary
 from agd_vllm.writer import RunWriter
 
@@ -44,17 +47,22 @@ def run_dataset(settings: RunSettings, options: DecoderOptions) -> int:
     identity = _identity(settings, options)
     open_run(settings.output, identity, settings.resume)
     notes = Console(stderr=True)
-    with RunWriter(settings.output, settings.part_rows, settings.part_seconds) as writer:
-        rows = _remaining(settings, writer.completed_ids())
-        first = next(rows, None)
-        if first is None:
-            notes.print("nothing left to decode", highlight=False)
-            seconds = 0.0
-        else:
-            seconds = _decode(decoder, itertools.chain([first], rows), writer, notes)
-    earlier = read_summary(settings.output)
-    summary = _summary(settings, decoder, identity, earlier, seconds)
-    write_summary(settings.output, summary)
+    progress = ProgressLine(notes)
+    try:
+        with RunWriter(settings.output, settings.part_rows, settings.part_seconds) as writer:
+            rows = _remaining(settings, writer)
+            first = next(rows, None)
+            if first is None:
+                notes.print("nothing left to decode", highlight=False)
+            else:
+                notes.print(f"loading {decoder.model.path} ...", highlight=False, soft_wrap=True)
+                _decode(decoder, itertools.chain([first], rows), writer, progress)
+    except BaseException:
+        # Interrupted or broken off: what is on disk is counted all the same. The first fault is the one to tell of.
+        with suppress(OutputFailed):
+            _write_summary(settings, decoder, identity, progress.seconds)
+        raise
+    summary = _write_summary(settings, decoder, identity, progress.seconds)
     print_summary(Console(), summary, settings.output)
     return summary["failed"]
 
@@ -66,17 +74,18 @@ def preview(inputs: tuple[str, ...], options: DecoderOptions, limit: int | None)
     return dry_run(rows, Decoder(options=options).preparer(), Console()).refused
 
 
-def _remaining(settings: RunSettings, completed: IdSet) -> Iterator[InputRow | RowError]:
-    """Rows not completed by an earlier invocation; errors come again, and the writer knows those it has."""
+def _remaining(settings: RunSettings, writer: RunWriter) -> Iterator[InputRow]:
+    """Rows not completed by an earlier invocation. Refused ones go to the writer, which knows those it has."""
+    completed = writer.completed_ids()
     for row in itertools.islice(read_rows(settings.inputs), settings.limit):
-        if isinstance(row, RowError) or row.id not in completed:
+        if isinstance(row, RowError):
+            writer.fail(row)
+        elif row.id not in completed:
             yield row
 
 
-def _decode(decoder: Decoder, rows: Iterable[InputRow | RowError], writer: RunWriter, notes: Console) -> float:
-    """Returns the seconds of decoding, loading not counted."""
-    notes.print(f"loading {decoder.model.path} ...", highlight=False, soft_wrap=True)
-    with decoder, ProgressLine(notes) as progress:
+def _decode(decoder: Decoder, rows: Iterable[InputRow], writer: RunWriter, progress: ProgressLine) -> None:
+    with decoder, progress:
         for outcome in decoder.outcomes(rows):
             if outcome is not None:
                 writer.fail(outcome) if isinstance(outcome, RowError) else writer.add(outcome)
@@ -84,7 +93,6 @@ def _decode(decoder: Decoder, rows: Iterable[InputRow | RowError], writer: RunWr
             writer.flush_if_due()
             progress.show(decoder.waiting_for_attribution)
         writer.flush()
-        return progress.seconds
 
 
 def _identity(settings: RunSettings, options: DecoderOptions) -> dict[str, Any]:
@@ -93,22 +101,20 @@ def _identity(settings: RunSettings, options: DecoderOptions) -> dict[str, Any]:
     return {"inputs": list(settings.inputs), **parameters}
 
 
-def _summary(
-    settings: RunSettings, decoder: Decoder, identity: dict[str, Any], earlier: dict[str, Any], seconds: float
-) -> dict[str, Any]:
-    counts = count_outputs(settings.output)
+def _write_summary(settings: RunSettings, decoder: Decoder, identity: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Counts what is on disk, adds times and faults to those of earlier invocations, writes and returns it all."""
+    counts, earlier = count_outputs(settings.output), read_summary(settings.output)
     total = earlier.get("seconds", 0.0) + seconds
-    faults = dict(earlier.get("faults", {}))
-    for fault, count in decoder.faults.items():
-        faults[fault] = faults.get(fault, 0) + count
-    return {
+    summary = {
         **counts,
         "seconds": total,
         "load_seconds": earlier.get("load_seconds", 0.0) + decoder.load_seconds,
         "tokens_per_second": counts["output_tokens"] / total if total else 0.0,
-        "faults": faults,
+        "faults": dict(Counter(earlier.get("faults", {})) + Counter(decoder.faults)),
         **identity,
         "engines": decoder.options.engines,
         "attribution_workers": decoder.options.attribution_workers,
         "versions": versions(),
     }
+    write_summary(settings.output, summary)
+    return summary

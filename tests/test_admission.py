@@ -1,0 +1,103 @@
+"""Admission: worst-case blocks and slots are reserved, in the order of arrival, and handed back whatever happens."""
+
+import asyncio
+
+import pytest
+
+from agd_vllm.engine.admission import Admission
+from agd_vllm.records import PreparedRow, Roi, RowRefused
+
+
+def row(tokens: int) -> PreparedRow:
+    """A row that needs room for `tokens` tokens, all but one of them prompt."""
+    return PreparedRow("r", [0] * (tokens - 1), Roi(), 1)
+
+
+async def holds(admission: Admission, tokens: int, log: list, name: str, release: asyncio.Event) -> None:
+    async with admission.reserve(row(tokens)):
+        log.append(name)
+        await release.wait()
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def run(scenario) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_blocks_are_rounded_up_and_capped_at_the_models_length():
+    admission = Admission(num_blocks=11, block_size=16, max_sessions=4, max_model_len=100)
+    assert [admission.blocks(row(tokens)) for tokens in (1, 16, 17, 100, 500)] == [1, 1, 2, 7, 7]
+
+
+def test_rows_wait_for_blocks_in_the_order_of_arrival():
+    async def scenario():
+        admission = Admission(num_blocks=11, block_size=16, max_sessions=9, max_model_len=10**6)
+        log, release = [], [asyncio.Event() for _ in range(4)]
+        sizes = (96, 96, 16, 64)  # 6, 6, 1 and 4 of 10 blocks
+        tasks = [
+            asyncio.create_task(holds(admission, size, log, name, event))
+            for size, name, event in zip(sizes, "abcd", release, strict=True)
+        ]
+        await settle()
+        assert log == ["a"]  # b does not fit, and c does not overtake it
+        release[0].set()
+        await settle()
+        assert log == ["a", "b", "c"]
+        release[2].set()
+        await settle()
+        assert log == ["a", "b", "c", "d"]
+        for event in release:
+            event.set()
+        await asyncio.gather(*tasks)
+
+    run(scenario)
+
+
+def test_no_more_sessions_than_slots():
+    async def scenario():
+        admission = Admission(num_blocks=1000, block_size=16, max_sessions=2, max_model_len=10**6)
+        log, release = [], asyncio.Event()
+        tasks = [asyncio.create_task(holds(admission, 16, log, str(i), release)) for i in range(5)]
+        await settle()
+        assert len(log) == 2
+        release.set()
+        await asyncio.gather(*tasks)
+        assert len(log) == 5
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("waiting", [True, False])
+def test_a_cancelled_row_gives_everything_back(waiting):
+    async def scenario():
+        admission = Admission(num_blocks=11, block_size=16, max_sessions=1, max_model_len=10**6)
+        log, release = [], asyncio.Event()
+        first = asyncio.create_task(holds(admission, 160, log, "first", release))
+        second = asyncio.create_task(holds(admission, 160, log, "second", release))
+        await settle()
+        (second if waiting else first).cancel()
+        await settle()
+        release.set()
+        await asyncio.gather(first, second, return_exceptions=True)
+        log.clear()
+        await holds(admission, 160, log, "third", release)
+        assert log == ["third"]
+
+    run(scenario)
+
+
+def test_a_row_larger_than_the_whole_cache_is_refused():
+    async def scenario():
+        admission = Admission(num_blocks=11, block_size=16, max_sessions=4, max_model_len=10**6)
+        with pytest.raises(RowRefused, match="11 KV blocks") as refused:
+            async with admission.reserve(row(161)):
+                pass
+        assert refused.value.type == "too_long"
+        async with admission.reserve(row(160)):
+            pass
+
+    run(scenario)
