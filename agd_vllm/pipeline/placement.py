@@ -38,14 +38,14 @@ def connect(actors: int, debug: bool) -> Cluster:
     if ray.is_initialized():
         started = False
     else:
-        # Set by `ray job submit` and by users of a running cluster.
-        address = os.environ.get("RAY_ADDRESS")
+        # Set by `ray job submit` and by users of a running cluster; one that merely runs here is not ours to use.
+        address = os.environ.get("RAY_ADDRESS", "local")
         options: dict[str, Any] = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
-        if address is None:
+        started = address == "local"
+        if started:
             # A CPU more than there are cores only lets more actors share them; threads are split elsewhere.
             options |= {"num_cpus": max(os.cpu_count() or 1, actors), "include_dashboard": False}
         ray.init(address=address, **options)
-        started = address is None
     resources = ray.cluster_resources()
     cluster = Cluster(started, int(resources.get("GPU", 0)), int(resources.get("CPU", 0)))
     if cluster.cpus < actors:

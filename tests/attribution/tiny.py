@@ -88,6 +88,6 @@ def save(name: str, folder: Path) -> Path:
             elif parameter.ndim == 1:
                 parameter.copy_(0.5 * torch.randn_like(parameter))
             else:
-                parameter.copy_(torch.randn_like(parameter) * 1.5 / parameter.shape[-1] ** 0.5)
+                parameter.copy_(torch.randn_like(parameter) * 0.7 / parameter.shape[-1] ** 0.5)
     model.save_pretrained(folder / name)
     return folder / name
