@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import traceback
@@ -124,6 +125,8 @@ def decode(
 
     Results land in DIR/results, guided steps in DIR/steps, failed rows in DIR/errors.jsonl.
     """
+    if not options["debug"]:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from agd_vllm.pipeline.decoder import DecoderOptions
     from agd_vllm.pipeline.run import RunSettings, preview, run_dataset
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,9 +19,6 @@ from agd_vllm.attribution.tangent_cache import (
 )
 from agd_vllm.attribution.tangent_pass import TangentPass
 from agd_vllm.records import Roi, ScoreRequest
-
-CACHE_BYTES = 2 << 30
-"""Default budget of the tangent cache: about 22,000 tokens of a 135M model in float32."""
 
 PASS_TOKENS = 512
 """Tokens of one tangent pass, over all sequences; longer prefixes go in several, so that memory stays bounded."""
@@ -44,8 +42,9 @@ class ForwardScorer:
     """Scores candidates by forward-mode AttnLRP (the rules of `agd_vllm.attribution.rules`), with a tangent cache.
 
     Stateful: a request may carry only the tokens since the last one of its sequence, under the same region.
-    `cache_bytes` bounds the keys, values and tangents held between calls; one sequence may exceed it while it is
-    scored. The least recently used sequences go first. Raises ValueError for a model it cannot read.
+    `cache_bytes` (default: an eighth of the device's memory) bounds the keys, values and tangents held between calls;
+    one sequence may exceed it while it is scored. The least recently used sequences go first. Raises ValueError for a
+    model it cannot read.
     """
 
     stateful = True
@@ -59,7 +58,7 @@ class ForwardScorer:
         device: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int | None = None,
     ):
         self.hf = load_model(
             model_path, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
@@ -73,6 +72,8 @@ class ForwardScorer:
             dtype=self.tangents.attention_dtype,
             device=self.hf.device,
         )
+        if cache_bytes is None:
+            cache_bytes = _default_cache_bytes(self.hf.device)
         self.cache = TangentCache(shape, cache_bytes)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float] | None]:
@@ -205,6 +206,12 @@ class ForwardScorer:
                 number for number in unfinished if jobs[number].sequence.length < len(jobs[number].sequence.tokens)
             ]
         return torch.stack(last, dim=1)
+
+
+def _default_cache_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 8
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
 
 
 def _common_prefix(held: Sequence[int], tokens: Sequence[int], start: int) -> int:

@@ -40,8 +40,9 @@ def load_scorer(
 ) -> Scorer:
     """Load a scorer by its name on the command line. Only that scorer's module is imported.
 
-    `forward`: forward-mode tangents with a cache of at most `cache_bytes`. `lxt`: the reference, reverse mode; it
-    keeps no cache. Raises ValueError for an unknown name or rule and for a model that attribution cannot read.
+    `forward`: forward-mode tangents with a cache of at most `cache_bytes` (default: an eighth of the device's memory).
+    `lxt`: the reference, reverse mode; it keeps no cache. Raises ValueError for an unknown name or rule and for a model
+    that attribution cannot read.
     """
     if name not in SCORERS:
         raise ValueError(f"unknown scorer {name!r}; known: {', '.join(SCORERS)}")
@@ -60,6 +61,4 @@ def load_scorer(
         return ReferenceScorer(model_path, **options)
     from agd_vllm.attribution.forward import ForwardScorer
 
-    if cache_bytes is not None:
-        options["cache_bytes"] = cache_bytes
-    return ForwardScorer(model_path, **options)
+    return ForwardScorer(model_path, **options, cache_bytes=cache_bytes)

@@ -12,8 +12,11 @@ from agd_vllm.attribution.hf_model import HFModel
 from agd_vllm.attribution.rules import RULES, attention, gated, linear, rms_norm, rope
 from agd_vllm.attribution.tangent_cache import CachedSequence
 
-SCORE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
-"""Attention scores of one stream, in float32 bytes, held at once: what a CPU's cache holds, what fills a GPU."""
+SCORE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+"""Attention scores of one stream that are held at once: what a CPU's cache holds, what fills a GPU."""
+
+TOGETHER_ELEMENTS = 1 << 15
+"""Up to this many scores a CPU attends with all heads in one call; beyond, one head at a time is faster."""
 
 
 class Block(NamedTuple):
@@ -33,9 +36,10 @@ class Block(NamedTuple):
 class TangentPass:
     """Pushes streams through the layers of `hf` by the rule of that name (attnlrp, cplrp or ixg).
 
-    The linear layers see the tokens of all sequences side by side, [S, N, d]; attention goes sequence by sequence,
-    each over its own cache. The residual stream, norms, softmax and gates are float32; matrix products take the
-    weights' dtype.
+    The linear layers see the tokens of all sequences side by side, [S, N, d]. Attention goes sequence by sequence, each
+    over its own cache: padded to one call it is slower from about 256 tokens on, and needs the caches side by side.
+    The residual stream, norms, softmax and gates are float32, linear layers take the weights' dtype, and attention and
+    its cache `attention_dtype`.
     """
 
     def __init__(self, hf: HFModel, rule: str):
@@ -43,7 +47,8 @@ class TangentPass:
         self.rule = RULES[rule]
         self.decoder = adapt(hf)
         self.key_tangents = self.rule.scores != 0
-        self.attention_dtype = torch.float32
+        # A CPU multiplies small bfloat16 batches slower than float32 ones; a GPU needs the memory more.
+        self.attention_dtype = torch.float32 if hf.device.type == "cpu" else hf.unembedding.dtype
 
     def extend(self, segments: Sequence[tuple[CachedSequence, int]]) -> torch.Tensor:
         """Compute the next tokens of each sequence, for which there must be room, and add them to its cache.
@@ -94,12 +99,11 @@ class TangentPass:
 
     def _blocks(self, length: int, count: int, window: int | None) -> list[Block]:
         """Blocks of queries for `count` tokens after `length` cached ones, each over the keys it can see."""
-        group, total = self.hf.num_heads // self.hf.num_kv_heads, length + count
-        limit = SCORE_BYTES[self.hf.device.type] // 4
-        # Heads attend together while that is small (few calls), one by one when long (scores stay in the CPU's cache).
-        together = self.hf.num_heads * count * total <= limit or self.hf.device.type != "cpu"
-        groups = [slice(None)] if together else [slice(head, head + 1) for head in range(self.hf.num_kv_heads)]
-        size = max(1, limit // ((self.hf.num_heads if together else group) * total))
+        heads, kv_heads, total = self.hf.num_heads, self.hf.num_kv_heads, length + count
+        groups = [slice(None)]
+        if self.hf.device.type == "cpu" and heads * count * total > TOGETHER_ELEMENTS:
+            groups = [slice(head, head + 1) for head in range(kv_heads)]
+        size = max(1, SCORE_ELEMENTS[self.hf.device.type] * len(groups) // (heads * total))
         blocks = []
         for start in range(0, count, size):
             end = min(start + size, count)
@@ -174,8 +178,11 @@ class TangentPass:
 def _hide(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> Callable[[torch.Tensor], object]:
     """What masks the scores [K, heads of the group * queries, keys] of these positions in place: causality and window.
 
-    All keys before the first query are seen unless there is a window: only the columns from there on need a mask.
+    One query sees all the keys that its block spans. Without a window all queries see the keys before the first of
+    them, so that only the columns from there on need a mask.
     """
+    if len(queries) == 1:
+        return lambda scores: None
     hidden = keys > queries[:, None]
     if window is not None:
         hidden |= keys <= queries[:, None] - window

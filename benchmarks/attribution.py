@@ -1,0 +1,192 @@
+"""What one guided step (k = 5 candidates) costs: lxt against forward mode, whole prefix and cached.
+
+    python -m benchmarks.attribution --json OUT.json
+
+`lxt`: reverse mode, one forward with graph and a backward pass per candidate. `forward-full`: the tangent pass over the
+whole prefix, nothing cached. `forward-cached`: one new token after a cached prefix. Seconds are of the whole batch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from transformers.utils import logging
+
+from agd_vllm import demo_model
+from agd_vllm.attribution.forward import ForwardScorer
+from agd_vllm.attribution.reference import ReferenceScorer
+from agd_vllm.records import Roi, ScoreRequest, Span
+from benchmarks.machine import describe
+
+DEMO_MODEL = "smollm2-135m-instruct"
+CANDIDATES = (1000, 1001, 1002, 1003, 1004)
+ROI = Roi((Span(4, 36),))
+CACHE_BYTES = 16 << 30
+"""Room for 16 sequences of 4,096 tokens of the demo model in float32 (6 GB), so that nothing is evicted."""
+
+
+def sequences(batch: int, length: int, vocabulary: int, *, same_start: bool) -> list[list[int]]:
+    """Random tokens; with `same_start` all but the last 32 are alike, so that their prefix is computed once."""
+    rng = random.Random(length)
+    tokens = [[rng.randrange(vocabulary) for _ in range(length)] for _ in range(batch)]
+    return [tokens[0][:-32] + row[-32:] for row in tokens] if same_start else tokens
+
+
+def requests(tokens: list[list[int]], start: int = 0) -> list[ScoreRequest]:
+    return [ScoreRequest(f"row {row}", start, ids[start:], ROI, CANDIDATES) for row, ids in enumerate(tokens)]
+
+
+def measure(step: Callable[[], object], repeats: int, prepare: Callable[[], object] | None = None) -> tuple[float, int]:
+    """Median seconds of `step` over `repeats` runs, and its peak of memory beyond what was held before `prepare`."""
+    held = _held()
+    if prepare is not None:
+        prepare()
+    _reset_peak()
+    seconds = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds), _peak() - held
+
+
+def measure_lxt(scorer: ReferenceScorer, context: int, repeats: int) -> tuple[float, int]:
+    batch = requests(sequences(1, context, scorer.hf.config.vocab_size, same_start=False))
+    return measure(lambda: scorer.score(batch), repeats)
+
+
+def measure_full(scorer: ForwardScorer, context: int, batch: int, repeats: int) -> tuple[float, int]:
+    tokens = sequences(batch, context, scorer.hf.config.vocab_size, same_start=False)
+
+    def step() -> None:
+        scorer.score(requests(tokens))
+        forget(scorer, batch)
+
+    return measure(step, repeats)
+
+
+def measure_cached(scorer: ForwardScorer, context: int, batch: int, repeats: int) -> tuple[float, int]:
+    """Its memory includes the cache."""
+    tokens = sequences(batch, context - 1, scorer.hf.config.vocab_size, same_start=batch > 1)
+
+    def step() -> None:
+        for ids in tokens:
+            ids.append(len(ids))
+        assert None not in scorer.score(requests(tokens, start=len(tokens[0]) - 1))
+
+    def prepare() -> None:
+        scorer.score(requests(tokens))
+        step()
+
+    result = measure(step, repeats, prepare)
+    forget(scorer, batch)
+    return result
+
+
+def forget(scorer: ForwardScorer, batch: int) -> None:
+    for row in range(batch):
+        scorer.release(f"row {row}")
+    scorer.cache.evict(1 << 62)
+
+
+def points(model: str, contexts: list[int], lxt_contexts: list[int], batches: list[int], dtype: str) -> Iterator[dict]:
+    """Measure point by point; expensive ones are run once, cheap ones several times."""
+    lxt = ReferenceScorer(model, dtype=dtype)
+    forward = ForwardScorer(model, dtype=dtype, cache_bytes=CACHE_BYTES)
+    for warm_up in (measure_lxt(lxt, 64, 1), measure_full(forward, 64, 1, 1)):
+        assert warm_up
+    for context in contexts:
+        if context in lxt_contexts:
+            yield _point(context, 1, "lxt", measure_lxt(lxt, context, 3 if context <= 512 else 1))
+        for batch in batches:
+            yield _point(context, batch, "forward-full", measure_full(forward, context, batch, 1 if batch > 1 else 3))
+            yield _point(context, batch, "forward-cached", measure_cached(forward, context, batch, 15))
+
+
+def ratios(measured: list[dict]) -> dict[str, float]:
+    """The figures that the targets name, where their points were measured."""
+    seconds = {(point["scorer"], point["batch"], point["context"]): point["seconds"] for point in measured}
+    cached = {context: s for (scorer, batch, context), s in seconds.items() if (scorer, batch) == ("forward-cached", 1)}
+    result = {
+        f"lxt_over_cached_{context}": seconds["lxt", 1, context] / cached[context]
+        for context in cached
+        if ("lxt", 1, context) in seconds
+    }
+    if len(cached) > 1:
+        result["cached_growth"] = cached[max(cached)] / cached[min(cached)]
+    for (scorer, batch, context), s in seconds.items():
+        if scorer == "forward-cached" and batch > 1 and context in cached:
+            result[f"cached_batch_{batch}_over_1_at_{context}"] = s / cached[context]
+    return result
+
+
+def _point(context: int, batch: int, scorer: str, measured: tuple[float, int]) -> dict[str, Any]:
+    point = {"context": context, "batch": batch, "scorer": scorer, "seconds": measured[0], "peak_bytes": measured[1]}
+    click.echo(json.dumps(point))
+    return point
+
+
+def _held() -> int:
+    """Bytes in use now; on a CPU the process's, after freed memory has gone back to the system."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status_bytes("VmRSS")
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status_bytes("VmHWM")
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def _integers(_context, _parameter, value: str) -> list[int]:
+    return [int(part) for part in value.split(",") if part]
+
+
+@click.command(help=__doc__)
+@click.option("--json", "output", required=True)
+@click.option("--model", help="Default: the demo model.")
+@click.option("--dtype", default="float32", show_default=True)
+@click.option("--contexts", default="128,512,1024,2048,4096", show_default=True, callback=_integers)
+@click.option("--lxt-contexts", default="128,512,1024,2048", show_default=True, callback=_integers)
+@click.option("--batches", default="1,16", show_default=True, callback=_integers)
+def main(output, model, dtype, contexts, lxt_contexts, batches):
+    logging.disable_progress_bar()
+    model = model or str(demo_model.fetch(DEMO_MODEL, Path(".cache/models") / DEMO_MODEL))
+    measured = list(points(model, contexts, lxt_contexts, batches, dtype))
+    result = {
+        "points": measured,
+        "ratios": ratios(measured),
+        "model": Path(model).name,
+        "dtype": dtype,
+        "candidates": len(CANDIDATES),
+        "threads": torch.get_num_threads(),
+        **describe(),
+    }
+    Path(output).write_text(json.dumps(result, indent=2) + "\n")
+    click.echo(json.dumps(result["ratios"], indent=2))
+
+
+if __name__ == "__main__":
+    main()
