@@ -3,34 +3,56 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import CHECKOUT, DEMO_ROWS, ENGINE_ARGS
+from conftest import CHECKOUT, ENGINE_ARGS
 
-ROWS, TOKENS = 6, 24
+# The literal loop runs k backward passes at every gate.
+pytestmark = pytest.mark.timeout(1500)
+
+# Short, because the loop starts from the prompt again at every step.
+PROMPTS = (
+    ("Answer only in French.", "Name a fruit and say why you like it."),
+    ("Use no commas at all.", "List the things one needs for a picnic."),
+    ("You are a grumpy pirate.", "How do I boil an egg?"),
+    ("Reply in one short sentence.", "Why is the sky blue?"),
+    ("Never use the word water.", "What do plants need to grow?"),
+    ("End with the words: that is all.", "Tell me about the moon."),
+)
+ROWS, TOKENS = len(PROMPTS), 24
 TIE = 1e-4
 TAUS = (0.0, 1.734)
 
 
+def agd_vllm_decode(data: Path, model: Path, output: Path, *options: str) -> None:
+    command = [sys.executable, "-m", "agd_vllm", "decode", str(data), "--output", str(output), "--model", str(model)]
+    command += ["--dtype", "float32", "--max-model-len", "1024", *options]
+    for key, value in ENGINE_ARGS.items():
+        if key != "max_model_len":
+            command += ["--engine-arg", f"{key}={json.dumps(value)}"]
+    subprocess.run(command, check=True, timeout=560, cwd=CHECKOUT)
+
+
 @pytest.fixture(scope="module")
-def runs(smollm2, tmp_path_factory):
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    lines = []
+    for index, (system, user) in enumerate(PROMPTS):
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        lines.append(json.dumps({"id": f"short-{index}", "messages": messages, "max_tokens": TOKENS}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(smollm2, data, tmp_path_factory):
     """Run directories of the command line, one for each threshold."""
     folder = tmp_path_factory.mktemp("agd")
-    rows = [json.loads(line) for line in DEMO_ROWS.read_text().splitlines()]
-    # The shortest, because the loop starts from the prompt again at every step.
-    chosen = sorted((row for row in rows if "messages" in row), key=lambda row: len(str(row["messages"])))[:ROWS]
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps({**row, "max_tokens": TOKENS}) + "\n" for row in chosen))
-    directories = {}
-    for tau in TAUS:
-        directories[tau] = folder / f"tau-{tau}"
-        command = [sys.executable, "-m", "agd_vllm", "decode", str(data), "--output", str(directories[tau])]
-        command += ["--model", str(smollm2), "--tau", str(tau), "--dtype", "float32", "--max-model-len", "1024"]
-        for key, value in ENGINE_ARGS.items():
-            if key != "max_model_len":
-                command += ["--engine-arg", f"{key}={json.dumps(value)}"]
-        subprocess.run(command, check=True, timeout=560, cwd=CHECKOUT)
+    directories = {tau: folder / f"tau-{tau}" for tau in TAUS}
+    for tau, directory in directories.items():
+        agd_vllm_decode(data, smollm2, directory, "--tau", str(tau))
     return directories
 
 
@@ -117,3 +139,18 @@ def test_guided_steps_are_consistent(compared):
             assert 2 <= len(step["candidate_ids"]) <= 5
             assert min(step["candidate_probs"]) >= 0.05 - 1e-7
             assert step["entropy"] >= row["tau"] - 1e-6
+
+
+def test_the_reference_scorer_decodes_the_same(runs, data, smollm2, tmp_path):
+    """`--scorer lxt` against the default, forward mode, on some of the rows."""
+    agd_vllm_decode(data, smollm2, tmp_path / "lxt", "--scorer", "lxt", "--limit", "2")
+    ours = {row["id"]: row["token_ids"] for row in pq.read_table(runs[1.734] / "results").to_pylist()}
+    reference = {row["id"]: row["token_ids"] for row in pq.read_table(tmp_path / "lxt" / "results").to_pylist()}
+    assert len(reference) == 2
+    assert reference == {name: ours[name] for name in reference}
+    forward = {(step["id"], step["step"]): step["scores"] for step in pq.read_table(runs[1.734] / "steps").to_pylist()}
+    steps = pq.read_table(tmp_path / "lxt" / "steps").to_pylist()
+    assert steps
+    for step in steps:
+        bound = 1e-4 * max(map(abs, step["scores"]))
+        assert forward[step["id"], step["step"]] == pytest.approx(step["scores"], abs=bound)

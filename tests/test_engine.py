@@ -128,6 +128,18 @@ def test_the_end_may_fall_on_a_selected_token(engine, rows):
     assert whole.text.startswith(cut.text)
 
 
+def test_a_row_may_end_at_max_model_len_on_a_selected_token(engine, rows):
+    """Resuming vLLM at the limit would kill it. With no floor every step is gated, the last one, too."""
+    limit = engine.engine.max_model_len
+    chooser = Chooser(lambda gate: [float(token not in engine.info.eos_ids) for token in gate.candidate_ids])
+    full = PreparedRow("full", (rows[0].prompt_token_ids * 40)[: limit - 12], REGION, 12)
+    for _ in range(2):  # the engine is alive and well afterwards
+        (decoded,) = engine.decode([full], chooser, tau=0.0, min_prob=0.0)
+        assert decoded.finish_reason == "length"
+        assert len(decoded.prompt_token_ids) + len(decoded.token_ids) == limit
+        assert decoded.steps[-1].step == len(decoded.token_ids) - 1
+
+
 def test_eos_may_be_a_candidate(engine, rows):
     eos = engine.tokenizer.eos_token_id
 

@@ -13,6 +13,8 @@ from agd_vllm import Decoder
 from agd_vllm.reader import read_rows
 from agd_vllm.records import DecodedRow, RowError
 
+pytestmark = pytest.mark.timeout(900)
+
 ROWS = 16
 
 
