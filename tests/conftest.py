@@ -18,7 +18,7 @@ from agd_vllm.records import Gate, PreparedRow
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEMO_ROWS = CHECKOUT / "examples/demo.jsonl"
 # Small and quick to start: no compilation, a cache for a few dozen short rows.
-ENGINE_ARGS = {"enforce_eager": True, "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 30, "max_num_seqs": 32}
+ENGINE_ARGS = {"enforce_eager": True, "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 29, "max_num_seqs": 32}
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +129,7 @@ class EngineThread:
         self._loop.call_soon_threadsafe(self._loop.stop)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine(smollm2):
     thread = EngineThread(smollm2, worker_extension_cls="worker_probe.WorkerProbe")
     yield thread

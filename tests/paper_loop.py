@@ -41,7 +41,7 @@ def next_step(model, ids: list[int], spans, tau: float, top_k: int, min_prob: fl
 
 if __name__ == "__main__":
     job = json.load(sys.stdin)
-    torch.manual_seed(0)
+    torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(
         job["model"], dtype=torch.float32, attn_implementation=patch("LlamaForCausalLM", "attnlrp")
     )

@@ -56,6 +56,14 @@ def runs(smollm2, data, tmp_path_factory):
     return directories
 
 
+def start_loop(model: Path, rows: list[dict], output: Path) -> tuple[subprocess.Popen, Path]:
+    job = output.with_suffix(".job")
+    job.write_text(json.dumps({"model": str(model), "rows": rows, "top_k": 5, "min_prob": 0.05, "output": str(output)}))
+    command = [sys.executable, str(CHECKOUT / "tests/paper_loop.py")]
+    with job.open() as stdin:
+        return subprocess.Popen(command, stdin=stdin), output
+
+
 @pytest.fixture(scope="module")
 def compared(runs, smollm2, tmp_path_factory):
     """Every row of both runs with our steps by index and the loop's view of each step."""
@@ -68,13 +76,13 @@ def compared(runs, smollm2, tmp_path_factory):
             spans = [(span["start"], span["end"], span["weight"]) for span in row["roi_spans"]]
             kept = {key: row[key] for key in ("id", "prompt_token_ids", "token_ids")}
             rows.append(kept | {"tau": tau, "spans": spans, "steps": steps.get(row["id"], {})})
-    output = tmp_path_factory.mktemp("loop") / "rows.json"
-    job = {"model": str(smollm2), "rows": rows, "top_k": 5, "min_prob": 0.05, "output": str(output)}
-    subprocess.run(
-        [sys.executable, str(CHECKOUT / "tests/paper_loop.py")], input=json.dumps(job), text=True, check=True
-    )
-    for row, looped in zip(rows, json.loads(output.read_text()), strict=True):
-        row["loop"] = looped["loop"]
+    # A core each: two processes of one thread are half as fast again as one of two.
+    folder, halves = tmp_path_factory.mktemp("loop"), (rows[::2], rows[1::2])
+    loops = [start_loop(smollm2, half, folder / f"{index}.json") for index, half in enumerate(halves)]
+    for half, (loop, output) in zip(halves, loops, strict=True):
+        assert loop.wait() == 0
+        for row, looped in zip(half, json.loads(output.read_text()), strict=True):
+            row["loop"] = looped["loop"]
     return rows
 
 

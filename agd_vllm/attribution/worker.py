@@ -28,7 +28,11 @@ class AttributionWorker:
     def __init__(self, model: str, revision: str | None, trust_remote_code: bool, settings: AttributionSettings):
         if settings.cores is not None:
             os.sched_setaffinity(0, settings.cores)
-            os.environ["OMP_NUM_THREADS"] = str(len(settings.cores))  # read when torch is imported
+            # Said to torch, not by OMP_NUM_THREADS: a preloaded OpenMP (vLLM preloads one for its children) reads that
+            # before this line runs, and two threads on one core spin for each other.
+            import torch
+
+            torch.set_num_threads(len(settings.cores))
         from agd_vllm.attribution.scorer import load_scorer
 
         self._scorer = load_scorer(
