@@ -7,7 +7,7 @@ MODEL := .cache/models/smollm2-135m-instruct
 # The CPU build of torch is not on the package index: where PIP_FIND_LINKS names no folder with it, PyTorch's own.
 TORCH_INDEX := $(if $(PIP_FIND_LINKS),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test lint chaos lock clean
 
 demo: $(VENV)/.ready $(MODEL)/model.safetensors
 	$(BIN)/agd-vllm decode examples/demo.jsonl --model $(MODEL) --output runs/demo --max-model-len 2048 \
@@ -19,6 +19,10 @@ test: $(VENV)/.ready lint $(MODEL)/model.safetensors
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Thirty kills, about half an hour.
+chaos: $(VENV)/.ready $(MODEL)/model.safetensors
+	$(BIN)/python tests/chaos.py --model $(MODEL) --kills 30 --json benchmarks/results/chaos.json
 
 # Exact pins without what vLLM's metadata asks for and nobody imports (requirements/overrides.txt): hence --no-deps.
 $(VENV)/.ready: $(LOCK) pyproject.toml

@@ -107,6 +107,7 @@ def _json_object(_ctx: click.Context, _param: click.Parameter, given: str) -> di
     "--dry-run", is_flag=True, help="Load no model: count the rows and show the first regions token by token."
 )
 @click.option("--log-json", metavar="FILE", help="One JSON line for every fault and restart.")
+@click.option("--trace", metavar="FILE", help="A timeline of the run for chrome://tracing or ui.perfetto.dev.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the model's folder brings along.")
 @click.option("--debug", is_flag=True, help="Tracebacks, and the logs of vLLM and Ray.")
 @click.pass_context

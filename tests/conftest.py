@@ -91,11 +91,12 @@ class EngineThread:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from agd_vllm.engine.engine import Engine, EngineSettings, GateSettings
         from agd_vllm.model import inspect_model
+        from agd_vllm.trace import Tracer
 
         self.info, self.tokenizer = inspect_model(str(model), guided=True)
         args = {key: value for key, value in (ENGINE_ARGS | engine_args).items() if value is not None}
         settings = EngineSettings(dtype="float32", max_model_len=args.pop("max_model_len"), engine_args=args)
-        self.engine = Engine(self.info, settings, GateSettings())
+        self.engine = Engine(self.info, settings, GateSettings(), Tracer(False))
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self.run(self._start())

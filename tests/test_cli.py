@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -182,6 +183,20 @@ BAD = {
 }
 
 
+def check_trace(path: Path, guided: int) -> None:
+    """Chrome's trace format without its closing bracket: engine steps, and every guided step in one scored batch."""
+    events = json.loads(path.read_text().rstrip().rstrip(",") + "]")
+    names = {(event["pid"], event["tid"]): event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    spans = [event for event in events if event["ph"] == "X"]
+    assert all(event["ts"] > 0 and event["dur"] >= 0 for event in spans)
+    steps = [event for event in spans if names[event["pid"], event["tid"]] == "vLLM"]
+    assert len(steps) > 24
+    assert max(event["args"]["rows"] for event in steps) <= 8
+    for track in ("calls to worker 0", "worker 0"):
+        scored = [event["args"]["steps"] for event in spans if names[event["pid"], event["tid"]] == track]
+        assert sum(scored) == guided
+
+
 def test_bad_rows_are_reported_and_the_rest_is_decoded(smollm2, tmp_path):
     """One run over every kind of bad row, in a cache of 19 blocks of 32 tokens, then resumed with nothing to do."""
     lines = [
@@ -196,10 +211,13 @@ def test_bad_rows_are_reported_and_the_rest_is_decoded(smollm2, tmp_path):
     command += ["--output", str(tmp_path / "out"), "--max-tokens", "24", "--max-model-len", "608", "--tau", "0.5"]
     for arg in ("enforce_eager=true", "block_size=32", "num_gpu_blocks_override=20", "max_num_seqs=8"):
         command += ["--engine-arg", arg]
+    command += ["--trace", str(tmp_path / "trace.json")]
     for invocation in range(2):
         done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=500)
         assert done.returncode == 3, done.stderr
         assert "Traceback" not in done.stderr
+        if invocation == 0:
+            check_trace(tmp_path / "trace.json", pq.read_table(tmp_path / "out/steps").num_rows)
         assert ("nothing left to decode" in done.stderr) == (invocation == 1)
         results = pq.read_table(tmp_path / "out/results").to_pylist()
         assert {row["id"] for row in results} == {"good", *(f"good-{i}" for i in range(24))}

@@ -14,6 +14,7 @@ from ray.exceptions import RayActorError
 
 from agd_vllm.faults import FaultLog
 from agd_vllm.records import Gate, Roi, ScoreRequest
+from agd_vllm.trace import Tracer
 
 MAX_BATCH = 64
 MAX_FAILURES_IN_A_ROW = 5
@@ -33,6 +34,7 @@ class _Pending:
 class _Lane:
     """One worker as seen from here. One batch is under way at a time: what arrives meanwhile is the next batch."""
 
+    index: int
     worker: Any
     pending: deque[_Pending] = field(default_factory=deque)
     held: dict[str, int] = field(default_factory=dict)  # sequence -> tokens that the worker has seen
@@ -53,13 +55,13 @@ class AttributionPool:
     request carries only the tokens since the last one; a worker that lost them is sent the whole sequence.
     """
 
-    def __init__(self, workers: list[Any], stateful: bool, deadline_s: float, faults: FaultLog):
-        self._lanes = [_Lane(worker) for worker in workers]
+    def __init__(self, workers: list[Any], stateful: bool, deadline_s: float, faults: FaultLog, tracer: Tracer):
+        self._lanes = [_Lane(index, worker) for index, worker in enumerate(workers)]
         self._stateful = stateful
         self._deadline_s = deadline_s
         self._lane_of: dict[str, _Lane] = {}
-        self.waiting = 0
         self._faults = faults
+        self._tracer = tracer
 
     async def score(self, sequence: str, token_ids: Sequence[int], roi: Roi, gate: Gate) -> list[float]:
         """Scores of `gate.candidate_ids` after `token_ids` (prompt and output so far). Raises WorkerLost."""
@@ -71,11 +73,7 @@ class AttributionPool:
         lane.pending.append(pending)
         if lane.task is None or lane.task.done():
             lane.task = asyncio.create_task(self._work_off(lane))
-        self.waiting += 1
-        try:
-            return await pending.scores
-        finally:
-            self.waiting -= 1
+        return await pending.scores
 
     def release(self, sequence: str) -> None:
         """The row has ended: its worker may drop its state (told with the next batch)."""
@@ -138,9 +136,13 @@ class AttributionPool:
     async def _score_batch(self, lane: _Lane, batch: list[_Pending]) -> None:
         requests = [self._request(lane, pending) for pending in batch]
         released, lane.released = lane.released, []
+        begun = time.time()
         async with asyncio.timeout(self._deadline_s):
-            results = await lane.worker.score.remote(requests, released)
-        for pending, scores in zip(batch, results, strict=True):
+            scored = await lane.worker.score.remote(requests, released)
+        steps, tokens = len(batch), sum(len(request.token_ids) for request in requests)
+        self._tracer.add(f"calls to worker {lane.index}", "call", begun, time.time() - begun, steps=steps)
+        self._tracer.add(f"worker {lane.index}", "score", scored.begun, scored.seconds, steps=steps, tokens=tokens)
+        for pending, scores in zip(batch, scored.scores, strict=True):
             if scores is None:
                 lane.held[pending.sequence] = 0
                 self._faults.record("states_rebuilt", row=pending.sequence)

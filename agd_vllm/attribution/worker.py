@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,15 @@ class AttributionSettings:
     rule: str
     dtype: str
     cores: list[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredBatch:
+    """Scores in the order of the requests (None asks for the whole sequence), and when and how long it took."""
+
+    scores: list[list[float] | None]
+    begun: float
+    seconds: float
 
 
 class AttributionWorker:
@@ -48,8 +58,10 @@ class AttributionWorker:
         """Answers once the model is loaded: whether the scorer keeps sequences between calls."""
         return self._scorer.stateful
 
-    def score(self, requests: Sequence[ScoreRequest], released: Sequence[str]) -> list[list[float] | None]:
-        """Scores in the order of `requests`; None asks for the whole sequence. `released` sequences have ended."""
+    def score(self, requests: Sequence[ScoreRequest], released: Sequence[str]) -> ScoredBatch:
+        """Scores a batch; `released` sequences have ended."""
+        begun = time.time()
         for sequence in released:
             self._scorer.release(sequence)
-        return self._scorer.score(requests)
+        scores = self._scorer.score(requests)
+        return ScoredBatch(scores, begun, time.time() - begun)

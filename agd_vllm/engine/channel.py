@@ -9,7 +9,7 @@ import contextlib
 import os
 import socket
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -21,7 +21,24 @@ SOCKET_VARIABLE = "AGD_VLLM_GATE_SOCKET"
 REPORTS_PER_DATAGRAM = 64
 MAX_DATAGRAM = 1 << 16
 
+# Set where a run is traced: the processor then reports every engine step, too.
+TRACE_VARIABLE = "AGD_VLLM_TRACE"
+
 Report = tuple[int, int, float, list[int], list[float]]  # key, step, entropy, candidate ids, candidate probabilities
+
+
+class EngineStep(msgspec.Struct, frozen=True):
+    """One forward pass of vLLM's with the gate at its end: seconds since the epoch, durations, rows."""
+
+    begun: float
+    seconds: float
+    gate_seconds: float
+    rows: int
+
+
+class Datagram(msgspec.Struct):
+    reports: list[Report]
+    step: EngineStep | None = None
 
 
 class GateSender:
@@ -31,12 +48,16 @@ class GateSender:
         self._path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
-    def send(self, reports: list[Report]) -> None:
+    def send(self, reports: list[Report], step: EngineStep | None = None) -> None:
         for start in range(0, len(reports), REPORTS_PER_DATAGRAM):
-            payload = msgspec.msgpack.encode(reports[start : start + REPORTS_PER_DATAGRAM])
-            # The receiver is gone only when its actor is; the engine then ends with it.
-            with contextlib.suppress(OSError):
-                self._socket.sendto(payload, self._path)
+            self._send(Datagram(reports[start : start + REPORTS_PER_DATAGRAM]))
+        if step is not None:
+            self._send(Datagram([], step))
+
+    def _send(self, datagram: Datagram) -> None:
+        # The receiver is gone only when its actor is; the engine then ends with it.
+        with contextlib.suppress(OSError):
+            self._socket.sendto(msgspec.msgpack.encode(datagram), self._path)
 
 
 class GateReceiver:
@@ -46,14 +67,15 @@ class GateReceiver:
     when its row's PAUSE arrives, and is looked up by (key, step).
     """
 
-    def __init__(self):
+    def __init__(self, on_step: Callable[[EngineStep], None]):
+        self._on_step = on_step
         self._folder = tempfile.TemporaryDirectory(prefix="agd-vllm-")
         self.path = str(Path(self._folder.name) / "gate")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(self.path)
         self._socket.setblocking(False)
         self._latest: dict[int, Gate] = {}
-        self._decoder = msgspec.msgpack.Decoder(list[Report])
+        self._decoder = msgspec.msgpack.Decoder(Datagram)
         os.environ[SOCKET_VARIABLE] = self.path
 
     def fileno(self) -> int:
@@ -63,9 +85,11 @@ class GateReceiver:
         """Reads all that has arrived. Called by the event loop too, or a full queue would block vLLM's worker."""
         with contextlib.suppress(BlockingIOError):
             while True:
-                reports: Iterable[Report] = self._decoder.decode(self._socket.recv(MAX_DATAGRAM))
-                for key, step, entropy, ids, probs in reports:
+                datagram: Datagram = self._decoder.decode(self._socket.recv(MAX_DATAGRAM))
+                for key, step, entropy, ids, probs in datagram.reports:
                     self._latest[key] = Gate(step, entropy, tuple(ids), tuple(probs))
+                if datagram.step is not None:
+                    self._on_step(datagram.step)
 
     def take(self, key: int, step: int) -> Gate:
         """The report of row `key` at output step `step`. Raises LookupError when there is none."""

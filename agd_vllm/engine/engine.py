@@ -12,9 +12,11 @@ from typing import Any
 import psutil
 
 from agd_vllm.engine.admission import Admission
-from agd_vllm.engine.channel import GateReceiver
+from agd_vllm.engine.channel import TRACE_VARIABLE, EngineStep, GateReceiver
+from agd_vllm.engine.occupancy import Occupancy
 from agd_vllm.model import ModelInfo
 from agd_vllm.records import PreparedRow
+from agd_vllm.trace import Tracer
 
 CPU_MEMORY_SHARE = 1 / 8
 
@@ -47,16 +49,20 @@ class EngineSettings:
 class Engine:
     """Make and use it inside one running event loop. `start()` loads the model and may take minutes."""
 
-    def __init__(self, model: ModelInfo, settings: EngineSettings, gate: GateSettings):
+    def __init__(self, model: ModelInfo, settings: EngineSettings, gate: GateSettings, tracer: Tracer):
         self._model = model
         self._settings = settings
         self._gate = gate
+        self._tracer = tracer
+        self.occupancy = Occupancy()
         self._keys = itertools.count()
 
     def start(self) -> None:
-        self._receiver = GateReceiver()
+        self._receiver = GateReceiver(self._trace_step)
         asyncio.get_running_loop().add_reader(self._receiver.fileno(), self._receiver.drain)
         _set_environment(self._settings)
+        if self._tracer.enabled:
+            os.environ[TRACE_VARIABLE] = "1"
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -108,9 +114,14 @@ class Engine:
                 )
             session = Session(self._llm, self._receiver, row, stops, params, key, self._settings.deadline_s)
             try:
-                yield session
+                with self.occupancy.session():
+                    yield session
             finally:
                 await session.close()
+
+    def _trace_step(self, step: EngineStep) -> None:
+        gate_ms = round(step.gate_seconds * 1e3, 3)
+        self._tracer.add("vLLM", "engine step", step.begun, step.seconds, rows=step.rows, gate_ms=gate_ms)
 
     @property
     def dead(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import msgspec
@@ -13,8 +14,8 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from agd_vllm.engine.channel import SOCKET_VARIABLE, GateSender
-from agd_vllm.kernels.gate import gate
+from agd_vllm.engine.channel import SOCKET_VARIABLE, TRACE_VARIABLE, EngineStep, GateSender, Report
+from agd_vllm.kernels.gate import GateDecision, gate
 
 EXTRA_ARG = "agd"
 
@@ -54,6 +55,8 @@ class GateProcessor(LogitsProcessor):
         self._device = device
         # Every tensor-parallel rank computes the same decision; one reports it.
         self._sender = GateSender(os.environ[SOCKET_VARIABLE]) if get_tensor_model_parallel_rank() == 0 else None
+        self._traced = TRACE_VARIABLE in os.environ
+        self._begun = time.time()
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -73,6 +76,8 @@ class GateProcessor(LogitsProcessor):
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """vLLM calls this before every forward pass."""
+        self._begun = time.time()
         if process_dict_updates(self._rows, batch_update, _new_row):
             self._index_rows()
 
@@ -92,17 +97,25 @@ class GateProcessor(LogitsProcessor):
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """`logits` [batch, vocab], changed in place: PAUSE becomes the argmax of gated rows, impossible elsewhere."""
-        if not self._rows:
-            return logits
+        begun, reports = time.time(), []
+        if self._rows:
+            reports = self._gate(logits)
+        if self._sender is not None:
+            step = None
+            if self._traced:
+                now = time.time()
+                step = EngineStep(self._begun, now - self._begun, now - begun, logits.shape[0])
+            self._sender.send(reports, step)
+        return logits
+
+    def _gate(self, logits: torch.Tensor) -> list[Report]:
         everyone = len(self._indices) == logits.shape[0]
         decision = gate(logits if everyone else logits[self._index], self._tau, self._top_k, self._min_prob)
         logits[self._index, self._pause] = float("-inf")
         logits[self._index[decision.gated], self._pause[decision.gated]] = torch.finfo(logits.dtype).max
-        if self._sender is not None and len(decision.gated):
-            self._sender.send(self._reports(decision))
-        return logits
+        return self._reports(decision)
 
-    def _reports(self, decision) -> list:
+    def _reports(self, decision: GateDecision) -> list[Report]:
         reports = []
         columns = zip(
             decision.gated.tolist(),

@@ -23,6 +23,7 @@ from agd_vllm.prepare import Preparer
 from agd_vllm.reader import check_rows
 from agd_vllm.records import DecodedRow, InputRow, RowError
 from agd_vllm.schema import parse_selector_option
+from agd_vllm.trace import TraceFile
 
 STRATEGIES = ("agd", "greedy")
 
@@ -53,6 +54,7 @@ class DecoderOptions:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
     log_json: str | None = None
+    trace: str | None = None
     debug: bool = False
 
     def __post_init__(self) -> None:
@@ -112,6 +114,7 @@ class Decoder:
         if options.roi_heads:
             self._roi_heads = read_head_set(options.roi_heads, self.model.num_layers, self.model.num_heads)
         self._fault_log = FaultLog(options.log_json)
+        self._trace = TraceFile(options.trace) if options.trace else None
         self.preparer()  # refuses chat template kwargs that cannot be set
         self._cluster: placement.Cluster | None = None
         self._workers: list[Any] = []
@@ -165,11 +168,12 @@ class Decoder:
         ]
         self._fleet = Fleet(
             make=lambda index: placement.make_replica(
-                cluster, model, replace(engine, cores=engine_cores[index]), gate, debug
+                cluster, model, replace(engine, cores=engine_cores[index]), gate, self._trace is not None, debug
             ),
             attach=self._attach,
             count=options.engines,
             faults=self._fault_log,
+            trace=self._trace,
         )
         self._info = self._fleet.start()
 
@@ -210,6 +214,11 @@ class Decoder:
         return self._fleet.waiting_for_attribution if self._fleet else 0
 
     @property
+    def engine_idle_seconds(self) -> float:
+        """Seconds in which an engine had rows and nothing to run, because all of them waited for attribution."""
+        return self._fleet.idle_seconds if self._fleet else 0.0
+
+    @property
     def faults(self) -> dict[str, int]:
         """Counts of what went wrong and was mended since the start."""
         return dict(self._fault_log.counts)
@@ -224,6 +233,8 @@ class Decoder:
         if self._cluster is not None:
             placement.disconnect(self._cluster)
             self._cluster = None
+        if self._trace is not None:
+            self._trace.close()
 
     def __enter__(self) -> Decoder:
         self.start()

@@ -17,6 +17,7 @@ from agd_vllm.faults import FaultLog
 from agd_vllm.pipeline.replica import EngineLost, ReplicaInfo, RowFailed
 from agd_vllm.pipeline.source import Source
 from agd_vllm.records import DecodedRow, PreparedRow, RowError
+from agd_vllm.trace import TraceFile
 
 # An engine answers `collect` after this many seconds at the latest; one that says nothing for the other is dead.
 COLLECT_WAIT_S, SILENCE_S = 0.5, 120.0
@@ -40,6 +41,7 @@ class _Engine:
     called: float = 0.0
     started: bool = False
     waiting: int = 0
+    idle_seconds: float = 0.0
 
 
 class Fleet:
@@ -48,13 +50,22 @@ class Fleet:
     Raises RuntimeError where one cannot start, or dies MAX_RESTARTS_IN_A_ROW times with no row decoded in between.
     """
 
-    def __init__(self, make: Callable[[int], Any], attach: Callable[[Any], None], count: int, faults: FaultLog):
+    def __init__(
+        self,
+        make: Callable[[int], Any],
+        attach: Callable[[Any], None],
+        count: int,
+        faults: FaultLog,
+        trace: TraceFile | None = None,
+    ):
         self._make = make
         self._attach = attach
         self._engines = [_Engine(index, make(index)) for index in range(count)]
         self._restarts_in_a_row = 0
+        self._idle_before = 0.0
         self._alone_deaths: Counter[str] = Counter()
         self._faults = faults
+        self._trace = trace
 
     def start(self) -> ReplicaInfo:
         """Waits until all engines have loaded the model."""
@@ -119,6 +130,9 @@ class Fleet:
             return
         ended, progress = answer
         engine.waiting = progress.waiting_for_attribution
+        engine.idle_seconds = progress.idle_seconds
+        if self._trace is not None:
+            self._trace.write(f"engine {engine.index}", progress.spans)
         self._faults.absorb(progress.faults)
         if ended:
             self._restarts_in_a_row = 0
@@ -140,6 +154,8 @@ class Fleet:
             )
         kill(engine.actor)
         engine.waiting = 0
+        self._idle_before += engine.idle_seconds
+        engine.idle_seconds = 0.0
         rows, engine.rows = list(engine.rows.values()), {}
         if len(rows) == 1 and self._is_poison(rows[0]):
             yield source.outcome(
@@ -158,6 +174,11 @@ class Fleet:
     def waiting_for_attribution(self) -> int:
         """Rows that wait for scores, as last heard."""
         return sum(engine.waiting for engine in self._engines)
+
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds in which an engine had rows and nothing to run, over all engines, as last heard."""
+        return self._idle_before + sum(engine.idle_seconds for engine in self._engines)
 
     def close(self) -> None:
         for engine in self._engines:

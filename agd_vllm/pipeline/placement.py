@@ -68,13 +68,15 @@ def cores(cluster: Cluster, engines: int, workers: int) -> tuple[list[list[int] 
     return split_cores(engines, workers)
 
 
-def make_replica(cluster: Cluster, model: ModelInfo, engine: EngineSettings, gate: GateSettings, debug: bool) -> Any:
+def make_replica(
+    cluster: Cluster, model: ModelInfo, engine: EngineSettings, gate: GateSettings, traced: bool, debug: bool
+) -> Any:
     """An engine actor, not started yet; a GPU of its own (tensor_parallel_size many) where the cluster has GPUs."""
     gpus = int(engine.engine_args.get("tensor_parallel_size", 1)) if cluster.gpus else 0
     actor = ray.remote(Replica).options(
         num_cpus=1, num_gpus=gpus, max_concurrency=REPLICA_CONCURRENCY, runtime_env=_runtime_env(debug)
     )
-    return actor.remote(model, engine, gate, debug)
+    return actor.remote(model, engine, gate, traced, debug)
 
 
 def make_worker(cluster: Cluster, model: ModelInfo, settings: AttributionSettings, debug: bool) -> Any:

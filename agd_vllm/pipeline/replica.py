@@ -16,6 +16,7 @@ from agd_vllm.faults import Fault, FaultLog
 from agd_vllm.model import ModelInfo
 from agd_vllm.pipeline.row_loop import decode_row
 from agd_vllm.records import DecodedRow, PreparedRow, RowRefused
+from agd_vllm.trace import Span, Tracer
 
 POOL_DEADLINE_S = 600.0
 
@@ -42,18 +43,21 @@ class ReplicaInfo:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Rows that wait for scores now, and what went wrong and was mended since the last time."""
+    """Rows that wait for scores now, the engine's idle seconds so far, faults and spans since the last time."""
 
     waiting_for_attribution: int
+    idle_seconds: float
     faults: list[Fault]
+    spans: list[Span]
 
 
 class Replica:
     """A plain class; `placement` makes it an async Ray actor."""
 
-    def __init__(self, model: ModelInfo, engine: EngineSettings, gate: GateSettings, debug: bool):
+    def __init__(self, model: ModelInfo, engine: EngineSettings, gate: GateSettings, traced: bool, debug: bool):
         self._model = model
-        self._engine = Engine(model, engine, gate)
+        self._tracer = Tracer(traced)
+        self._engine = Engine(model, engine, gate, self._tracer)
         self._pool: AttributionPool | None = None
         self._ended: asyncio.Queue[DecodedRow | RowFailed | None] = asyncio.Queue()
         self._tasks: set[asyncio.Task] = set()
@@ -73,7 +77,7 @@ class Replica:
 
     async def attach(self, workers: list[Any], stateful: bool) -> None:
         """Names the attribution workers. Without this call rows are decoded greedily."""
-        self._pool = AttributionPool(workers, stateful, POOL_DEADLINE_S, self._faults)
+        self._pool = AttributionPool(workers, stateful, POOL_DEADLINE_S, self._faults, self._tracer)
 
     async def submit(self, rows: list[PreparedRow]) -> None:
         for row in rows:
@@ -113,8 +117,8 @@ class Replica:
             raise self._fatal
         if self._engine.dead:
             raise EngineLost("vLLM's engine process died")
-        waiting = self._pool.waiting if self._pool else 0
-        return ended, Progress(waiting, self._faults.drain())
+        occupancy = self._engine.occupancy
+        return ended, Progress(occupancy.paused, occupancy.idle_seconds, self._faults.drain(), self._tracer.drain())
 
     async def stop(self) -> None:
         self._engine.shutdown()

@@ -40,7 +40,7 @@ async def decode_row(
         for attempt in range(1, SESSIONS_PER_ROW + 1):
             try:
                 async with engine.session(row, gated, stops) as session:
-                    reason = await _run_session(session, pool, row, stops, steps, faults)
+                    reason = await _run_session(session, engine, pool, row, stops, steps, faults)
                 break
             except SessionStalled:
                 faults.record("sessions_resubmitted", row=row.id, step=len(stops.token_ids))
@@ -62,6 +62,7 @@ async def decode_row(
 
 async def _run_session(
     session: Session,
+    engine: Engine,
     pool: AttributionPool | None,
     row: PreparedRow,
     stops: StopCheck,
@@ -71,7 +72,8 @@ async def _run_session(
     """Runs a session to the row's end, adding to `stops` and `steps`; returns the finish reason."""
     event = await session.next()
     while not isinstance(event, Finished):
-        scores = await pool.score(row.id, row.prompt_token_ids + stops.token_ids, row.roi, event)
+        with engine.occupancy.pause():
+            scores = await pool.score(row.id, row.prompt_token_ids + stops.token_ids, row.roi, event)
         step = guided_step(event, scores)
         if any(map(math.isnan, scores)):
             faults.record("nan_scores", row=row.id, step=step.step)

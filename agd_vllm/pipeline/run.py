@@ -22,7 +22,7 @@ from agd_vllm.summary import count_outputs, open_run, read_summary, write_summar
 from agd_vllm.writer import RunWriter
 
 # What may change between the invocations of one run: where it runs, not what it decodes.
-NOT_IDENTITY = ("engines", "attribution_workers", "log_json", "debug")
+NOT_IDENTITY = ("engines", "attribution_workers", "log_json", "trace", "debug")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks in the format that they are published in, as rows with regions."""

@@ -1,0 +1,148 @@
+"""AGD's tokens/s beside plain vLLM greedy and the paper's loop: one run, the same rows.
+
+    python -m benchmarks.throughput --model M --input X --limit 32 --max-tokens 128 --json OUT.json
+
+`greedy`: `vllm.LLM` on all cores with its own best settings. `agd`: this project with its defaults. They are loaded
+side by side and take turns, so that a change in the machine's speed meets both; medians of `--runs` turns after a
+warm-up.
+`paper`: the paper's loop (benchmarks/paper.py) once, on as many rows as end within `--paper-seconds`; AGD's own figure
+for the ratio is taken on those same rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import click
+import torch
+
+from agd_vllm import Decoder
+from agd_vllm.reader import read_rows
+from agd_vllm.records import DecodedRow, InputRow
+from benchmarks.machine import describe
+from benchmarks.plain import PlainVLLM
+
+MAX_MODEL_LEN = 2048
+GREEDY_CACHE_BYTES = 2 << 30
+
+
+def decode(decoder: Decoder, rows: list[InputRow]) -> tuple[list[DecodedRow], dict[str, float]]:
+    """The decoded rows and what the turn cost."""
+    idle, begun = decoder.engine_idle_seconds, time.perf_counter()
+    outcomes = [outcome for outcome in decoder.outcomes(rows) if outcome is not None]
+    seconds = time.perf_counter() - begun
+    decoded = [outcome for outcome in outcomes if isinstance(outcome, DecodedRow)]
+    if len(decoded) < len(outcomes):
+        raise click.ClickException(f"{len(outcomes) - len(decoded)} rows failed")
+    tokens = sum(len(row.token_ids) for row in decoded)
+    return decoded, {
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "guided_share": sum(row.num_guided for row in decoded) / tokens,
+        "idle_share": (decoder.engine_idle_seconds - idle) / seconds / decoder.options.engines,
+    }
+
+
+def run_paper(decoder: Decoder, rows: list[DecodedRow], limits: dict[str, int], dtype: str, seconds: float) -> list:
+    """What benchmarks/paper.py says of each row that it ended in time."""
+    options = decoder.options
+    job = {
+        "model": decoder.model.path,
+        "dtype": dtype,
+        "tau": options.tau,
+        "top_k": options.top_k,
+        "min_prob": options.min_prob,
+        "seconds": seconds,
+        "rows": [
+            {
+                "prompt_token_ids": row.prompt_token_ids,
+                "max_tokens": limits[row.id],
+                "eos_ids": sorted(decoder.model.eos_ids),
+                "spans": [[span.start, span.end, span.weight] for span in row.roi_spans],
+            }
+            for row in rows
+        ],
+    }
+    command = [sys.executable, "-m", "benchmarks.paper"]
+    done = subprocess.run(command, input=json.dumps(job), text=True, stdout=subprocess.PIPE, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
+@click.command(help=__doc__)
+@click.option("--model", required=True)
+@click.option("--input", "input_path", required=True)
+@click.option("--limit", type=int, default=32, show_default=True)
+@click.option("--max-tokens", type=int, default=128, show_default=True)
+@click.option("--tau", type=float, default=1.734, show_default=True)
+@click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--runs", type=int, default=3, show_default=True)
+@click.option("--paper-seconds", type=float, default=300, show_default=True, help="0 leaves the paper's loop out.")
+@click.option("--engines", type=int, default=1, show_default=True)
+@click.option("--attribution-workers", type=int, default=1, show_default=True)
+@click.option("--eager", is_flag=True, help="Without compilation, for both engines.")
+@click.option("--trace", help="A timeline of AGD's turns.")
+@click.option("--json", "output", required=True)
+def main(model, input_path, limit, max_tokens, tau, dtype, runs, paper_seconds, eager, output, **decoder_options):
+    rows = [row for row in read_rows([input_path]) if isinstance(row, InputRow)][:limit]
+    rows = [dataclasses.replace(row, max_tokens=max_tokens) for row in rows]
+    result: dict[str, Any] = {"rows": len(rows), "max_tokens": max_tokens, "tau": tau, **decoder_options}
+    on_cpu = not torch.cuda.is_available()
+    shared = {"enforce_eager": eager}
+    greedy_args = shared | ({"kv_cache_memory_bytes": GREEDY_CACHE_BYTES} if on_cpu else {})
+    cores = sorted(os.sched_getaffinity(0)) if on_cpu else None
+    greedy_runs, agd_runs, paper_runs = [], [], []
+    with (
+        PlainVLLM(model, cores, dtype=dtype, max_model_len=MAX_MODEL_LEN, **greedy_args) as plain,
+        Decoder(
+            model, tau=tau, dtype=dtype, max_model_len=MAX_MODEL_LEN, engine_args=shared, **decoder_options
+        ) as decoder,
+    ):
+        for turn in range(runs + 1):
+            decoded, agd = decode(decoder, rows)
+            job = [(row.prompt_token_ids, {"max_tokens": max_tokens}) for row in decoded]
+            tokens, seconds = plain.generate(job)
+            if turn:  # the first turn warms both up
+                agd_runs.append(agd)
+                greedy_runs.append({"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds})
+        if paper_seconds:
+            limits = dict.fromkeys((row.id for row in decoded), max_tokens)
+            paper_runs = run_paper(decoder, decoded, limits, dtype, paper_seconds)
+            if not paper_runs:
+                raise click.ClickException("the paper's loop ended no row in time; raise --paper-seconds")
+            ids = {row.id for row in decoded[: len(paper_runs)]}
+            same_rows = [decode(decoder, [row for row in rows if row.id in ids])[1] for _ in range(runs)]
+    agd, greedy = medians(agd_runs), medians(greedy_runs)
+    result |= {
+        "tokens_per_second": {"greedy": greedy["tokens_per_second"], "agd": agd["tokens_per_second"]},
+        "agd_over_greedy": agd["tokens_per_second"] / greedy["tokens_per_second"],
+        "guided_share": agd["guided_share"],
+        "idle_share": agd["idle_share"],
+        "runs": {"greedy": greedy_runs, "agd": agd_runs, "paper": paper_runs},
+    }
+    if paper_runs:
+        paper = sum(run["tokens"] for run in paper_runs) / sum(run["seconds"] for run in paper_runs)
+        agd_there = medians(same_rows)["tokens_per_second"]
+        result["tokens_per_second"] |= {"paper": paper, "agd_on_the_papers_rows": agd_there}
+        result["agd_over_paper"] = agd_there / paper
+        result["paper_rows"] = len(paper_runs)
+    result |= {"dtype": dtype, "attribution_dtype": dtype, "model": os.path.basename(model.rstrip("/")), **describe()}
+    with open(output, "w") as file:
+        json.dump(result, file, indent=2)
+    shown = ("tokens_per_second", "agd_over_greedy", "agd_over_paper", "guided_share", "idle_share")
+    click.echo(json.dumps({key: result[key] for key in shown if key in result}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

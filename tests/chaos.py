@@ -1,0 +1,181 @@
+"""A run whose driver, engine and worker are killed at random moments, and started again until it is finished.
+
+    python tests/chaos.py --model M --kills 30 --seed 0 --json OUT.json
+
+Afterwards its output must be that of an undisturbed run. Raises AssertionError where it is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+import pyarrow.parquet as pq
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+DEMO_ROWS = CHECKOUT / "examples/demo.jsonl"
+# What a process of each part is called; the driver is the command line itself.
+PARTS = {"driver": None, "worker": "ray::AttributionWorker", "engine": "VLLM::EngineCore", "actor": "ray::Replica"}
+LAUNCHES_WITHOUT_A_KILL = 5
+
+
+class ChaosRun:
+    """`agd-vllm decode` on short demo rows into `folder`; `rows` of them, the longer the later."""
+
+    def __init__(self, model: Path, folder: Path, rows: int):
+        folder.mkdir()
+        self.output = folder / "out"
+        data = folder / "rows.jsonl"
+        lines = itertools.islice(itertools.cycle(DEMO_ROWS.read_text().splitlines()), rows)
+        with data.open("w") as file:
+            for index, line in enumerate(lines):
+                row = json.loads(line) | {"id": f"{index}", "max_tokens": 12 + 3 * (index % 12)}
+                file.write(json.dumps(row) + "\n")
+        self._log = folder / "log.txt"
+        self._command = [sys.executable, "-m", "agd_vllm", "decode", str(data), "--output", str(self.output)]
+        self._command += ["--model", str(model), "--dtype", "float32", "--max-model-len", "1024", "--part-rows", "5"]
+        for arg in ("enforce_eager=true", "kv_cache_memory_bytes=268435456", "max_num_seqs=8"):
+            self._command += ["--engine-arg", arg]
+
+    def start(self) -> psutil.Process:
+        with self._log.open("a") as log:
+            return psutil.Popen(self._command, stdout=log, stderr=log, cwd=CHECKOUT, start_new_session=True)
+
+    def parts(self) -> dict[Path, str]:
+        """Every part that is durable by now, by its content."""
+        return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in self.output.glob("*/part-*.parquet")}
+
+    def rows(self) -> int:
+        return sum(pq.read_metadata(path).num_rows for path in self.output.glob("results/part-*.parquet"))
+
+    def decoded(self) -> dict[str, tuple[list[int], list[int]]]:
+        """Tokens and guided steps of every row. A row that is there twice fails."""
+        rows = pq.read_table(self.output / "results").to_pylist()
+        steps = sorted((step["id"], step["step"]) for step in pq.read_table(self.output / "steps").to_pylist())
+        assert len(set(steps)) == len(steps), "a guided step twice"
+        found = {row["id"]: (row["token_ids"], []) for row in rows}
+        assert len(found) == len(rows), "a row twice"
+        for name, step in steps:
+            found[name][1].append(step)
+        return found
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+
+def family(driver: psutil.Process) -> list[psutil.Process]:
+    """The driver and all that it and Ray have started for it; Ray's daemons are its children, too."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [driver, *driver.children(recursive=True)]
+    return []
+
+
+def victims(part: str, driver: psutil.Process) -> list[psutil.Process]:
+    name, found = PARTS[part], []
+    for process in family(driver):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.pid == driver.pid if name is None else process.cmdline()[:1] and name in process.cmdline()[0]:
+                found.append(process)
+    return found
+
+
+def strike(part: str, run: ChaosRun, driver: psutil.Process, at_rows: int, delay: float) -> bool:
+    """Kills the part once the run has that many rows on disk, after `delay` seconds more.
+
+    False where the run ended before.
+    """
+    while driver.is_running() and driver.status() != psutil.STATUS_ZOMBIE:
+        if run.rows() >= at_rows and victims("engine", driver) and victims("worker", driver):
+            time.sleep(delay)
+            targets = victims(part, driver)
+            for target in targets:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    target.send_signal(signal.SIGKILL)
+            if targets:
+                return True
+        time.sleep(0.2)
+    return False
+
+
+def unleash(model: Path, folder: Path, kills: list[str], rows: int, seed: int) -> dict[str, Any]:
+    """Runs undisturbed, then with `kills` (names of PARTS, in this order), compares; returns what happened."""
+    rng = random.Random(seed)
+    calm, stormy = ChaosRun(model, folder / "calm", rows), ChaosRun(model, folder / "stormy", rows)
+    assert calm.start().wait() == 0, calm.log()
+    waiting, launches, calm_launches = list(kills), 0, 0
+    begun = time.monotonic()
+    while True:
+        launches += 1
+        driver, seen, struck = stormy.start(), [], False
+        before = stormy.parts()
+        while waiting:
+            done = stormy.rows()
+            if not strike(waiting[0], stormy, driver, at_rows=done + 1, delay=rng.uniform(0, 2)):
+                break
+            struck = True
+            print(f"{time.monotonic() - begun:6.0f} s  killed {waiting[0]} at {stormy.rows()} rows", flush=True)
+            seen = family(driver)
+            before |= stormy.parts()
+            if waiting.pop(0) == "driver":
+                break
+        seen = seen or family(driver)
+        status = driver.wait()
+        _, alive = psutil.wait_procs([process for process in seen if process.pid != driver.pid], timeout=60)
+        assert not alive, f"left behind: {[process.name() for process in alive]}"
+        after = stormy.parts()
+        assert all(after.get(path) == content for path, content in before.items()), "a durable part has changed"
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL, stormy.log()
+        calm_launches = 0 if struck else calm_launches + 1
+        assert calm_launches < LAUNCHES_WITHOUT_A_KILL, stormy.log()
+    ours, theirs = stormy.decoded(), calm.decoded()
+    assert ours.keys() == theirs.keys(), "rows are missing"
+    different = [name for name in ours if ours[name] != theirs[name]]
+    assert not different, f"rows differ: {different}"
+    summary = json.loads((stormy.output / "summary.json").read_text())
+    return {
+        "rows": rows,
+        "kills": {part: kills.count(part) for part in PARTS if part in kills},
+        "kills_left": waiting,
+        "launches": launches,
+        "rows_lost": 0,
+        "rows_different": 0,
+        "faults": summary["faults"],
+        "seconds": time.monotonic() - begun,
+    }
+
+
+@click.command(help=__doc__)
+@click.option("--model", required=True, type=click.Path(path_type=Path))
+@click.option("--kills", type=int, default=30, show_default=True)
+@click.option("--rows", type=int, default=400, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "output", required=True)
+def main(model, kills, rows, seed, output):
+    from benchmarks.machine import describe
+
+    order = [random.Random(seed + index).choice(list(PARTS)) for index in range(kills)]
+    with tempfile.TemporaryDirectory() as folder:
+        result = unleash(model.absolute(), Path(folder), order, rows, seed)
+    if result["kills_left"]:
+        raise click.ClickException(f"the run ended before {len(result['kills_left'])} kills; raise --rows")
+    Path(output).write_text(json.dumps(result | describe(), indent=2) + "\n")
+    click.echo(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.fspath(CHECKOUT))
+    main()
