@@ -1,7 +1,6 @@
-"""Parts that die while a run goes on: the output stays that of an undisturbed run, in float32."""
+"""A row that kills its engine whenever it is decoded. Parts that die otherwise: test_chaos.py."""
 
 import dataclasses
-import json
 import signal
 import threading
 import time
@@ -25,16 +24,9 @@ def rows():
 
 
 @pytest.fixture(scope="module")
-def log(tmp_path_factory):
-    return tmp_path_factory.mktemp("faults") / "faults.jsonl"
-
-
-@pytest.fixture(scope="module")
-def decoder(smollm2, log):
+def decoder(smollm2):
     engine_args = {key: value for key, value in ENGINE_ARGS.items() if key != "max_model_len"}
-    with Decoder(
-        str(smollm2), dtype="float32", max_model_len=1024, engine_args=engine_args, log_json=str(log)
-    ) as decoder:
+    with Decoder(str(smollm2), dtype="float32", max_model_len=1024, engine_args=engine_args) as decoder:
         yield decoder
 
 
@@ -71,32 +63,11 @@ def kill(name: str) -> int:
     return len(victims)
 
 
-def killing(name: str, outcomes):
-    """Passes the outcomes on; kills the processes of that name once the first row has come out."""
-    pending = True
-    for outcome in outcomes:
-        yield outcome
-        if pending and outcome is not None:
-            pending = False
-            assert kill(name), f"no process {name}"
-
-
 def same(ours: dict[str, DecodedRow], theirs: dict[str, DecodedRow]) -> None:
     assert ours.keys() == theirs.keys()
     for name, row in ours.items():
         assert row.token_ids == theirs[name].token_ids, name
         assert [step.step for step in row.steps] == [step.step for step in theirs[name].steps]
-
-
-@pytest.mark.parametrize(
-    ("name", "fault"), [("ray::AttributionWorker", "worker_restarts"), ("ray::Replica", "engine_restarts")]
-)
-def test_a_dead_part_is_replaced_and_the_output_is_the_same(decoder, rows, undisturbed, log, name, fault):
-    before = decoder.faults.get(fault, 0)
-    same(decoded(killing(name, decoder.outcomes(rows))), undisturbed)
-    assert decoder.faults[fault] > before
-    events = [json.loads(line) for line in log.read_text().splitlines()]
-    assert sum(event["kind"] == fault for event in events) == decoder.faults[fault]
 
 
 def test_a_row_that_kills_its_engine_is_an_error_and_the_rest_is_decoded(decoder, rows, undisturbed):
@@ -110,7 +81,7 @@ def test_a_row_that_kills_its_engine_is_an_error_and_the_rest_is_decoded(decoder
                 kill("VLLM::EngineCore")
             time.sleep(0.05)
 
-    before = decoder.faults["engine_restarts"]
+    before = decoder.faults.get("engine_restarts", 0)
     thread = threading.Thread(target=assassin)
     thread.start()
     try:
