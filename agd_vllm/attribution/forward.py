@@ -75,6 +75,7 @@ class ForwardScorer:
         if cache_bytes is None:
             cache_bytes = _default_cache_bytes(self.hf.device)
         self.cache = TangentCache(shape, cache_bytes)
+        self.cache_tokens = cache_bytes // shape.token_bytes(1)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float] | None]:
         """S(c, R) for each request's candidates, in their order; NaN is passed on as it is.

@@ -121,7 +121,7 @@ class AttributionPool:
         while True:
             await asyncio.sleep(RESTART_POLL_S)
             try:
-                await lane.worker.stateful.remote()
+                await lane.worker.info.remote()
                 return
             except RayActorError as restarting:
                 if time.monotonic() > deadline:

@@ -98,13 +98,17 @@ class Engine:
             args["kv_cache_memory_bytes"] = int(psutil.virtual_memory().total * CPU_MEMORY_SHARE)
         return args | settings.engine_args
 
+    def limit_attribution(self, cache_tokens: int | None) -> None:
+        """Gated rows are admitted only while the attribution workers' caches could hold them all; None: no limit."""
+        self._admission.limit_attribution(cache_tokens)
+
     @asynccontextmanager
     async def session(self, row: PreparedRow, gated: bool, stops):
         """Waits for room, opens the row's session, closes it at the end. Raises RowRefused for too large a row."""
         from agd_vllm.engine.gate import GateParams
         from agd_vllm.engine.session import Session
 
-        async with self._admission.reserve(row):
+        async with self._admission.reserve(row, gated):
             key = next(self._keys)
             params = None
             if gated:

@@ -180,10 +180,13 @@ class Decoder:
     def _attach(self, replica: Any) -> None:
         if self._workers:
             try:
-                stateful = ray.get(self._workers[0].stateful.remote())
+                infos = ray.get([worker.info.remote() for worker in self._workers])
             except ray.exceptions.RayError as error:
                 raise RuntimeError(f"an attribution worker could not start: {last_line(error)}") from error
-            replica.attach.remote(self._workers, stateful)
+            tokens = None
+            if infos[0].cache_tokens is not None:
+                tokens = sum(info.cache_tokens for info in infos) // self.options.engines
+            replica.attach.remote(self._workers, infos[0].stateful, tokens)
 
     def decode(
         self, rows: Iterable[dict[str, Any]], on_error: Callable[[RowError], None] | None = None

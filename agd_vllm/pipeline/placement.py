@@ -80,7 +80,7 @@ def make_replica(
 
 
 def make_worker(cluster: Cluster, model: ModelInfo, settings: AttributionSettings, debug: bool) -> Any:
-    """An attribution actor; it loads its model while it is made, `stateful` answers when it has."""
+    """An attribution actor; it loads its model while it is made, `info` answers when it has."""
     actor = ray.remote(AttributionWorker).options(
         num_cpus=1, num_gpus=1 if cluster.gpus else 0, max_restarts=WORKER_RESTARTS, runtime_env=_runtime_env(debug)
     )

@@ -75,8 +75,12 @@ class Replica:
         self._engine.start()
         return ReplicaInfo(self._engine.max_model_len, self._engine.max_sessions, time.perf_counter() - begun)
 
-    async def attach(self, workers: list[Any], stateful: bool) -> None:
-        """Names the attribution workers. Without this call rows are decoded greedily."""
+    async def attach(self, workers: list[Any], stateful: bool, cache_tokens: int | None) -> None:
+        """Names the attribution workers. Without this call rows are decoded greedily.
+
+        `cache_tokens`: what the workers hold for this engine's rows; more rows side by side would evict each other.
+        """
+        self._engine.limit_attribution(cache_tokens)
         self._pool = AttributionPool(workers, stateful, POOL_DEADLINE_S, self._faults, self._tracer)
 
     async def submit(self, rows: list[PreparedRow]) -> None:
