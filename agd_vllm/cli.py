@@ -138,8 +138,9 @@ def decode(
     if dry_run:
         failed = preview(inputs, decoder_options, limit)
     else:
-        # A scheduler's "terminate" ends a run as Ctrl-C does: what is decoded is written first.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # A scheduler's "terminate" and a lost terminal end a run as Ctrl-C does: what is decoded is written first.
+        for ending in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(ending, signal.default_int_handler)
         if output is None:
             raise click.UsageError("--output DIR is missing; say where the results go (or try --dry-run)")
         failed = run_dataset(RunSettings(inputs, output, limit, resume, part_rows, part_seconds), decoder_options)
@@ -179,11 +180,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail_with(error: Exception) -> int:
+    from ray.exceptions import RayError
+
     from agd_vllm.reader import InputUnusable
     from agd_vllm.storage import OutputFailed
     from agd_vllm.summary import OutputUnusable
 
-    if isinstance(error, ValueError | InputUnusable | OutputUnusable):
+    # An actor's ValueError comes as one, too, and is none of the arguments'.
+    if isinstance(error, ValueError | InputUnusable | OutputUnusable) and not isinstance(error, RayError):
         return _fail(str(error), UNUSABLE)
     if isinstance(error, RuntimeError | OutputFailed):
         return _fail(str(error), OTHER)

@@ -167,7 +167,8 @@ class ForwardScorer:
     def _run(self, jobs: Sequence[_Job]) -> list[list[list[float]]]:
         """Bring every job's sequence up to its last token and score: [regions][candidates] for each job."""
         pinned = [sequence for job in jobs for sequence in (job.sequence, job.donor) if sequence is not None]
-        for job in jobs:
+        # New sequences copy their prefixes before the others are cut back: a donor may be one of those.
+        for job in sorted(jobs, key=lambda job: job.sequence is not None):
             if job.sequence is None:
                 job.sequence = CachedSequence(self.cache.shape, job.rois)
                 self.cache.add(job.request.sequence, job.sequence)

@@ -10,8 +10,10 @@ from typing import Any
 
 import ray
 
+from agd_vllm.attribution.scorer import RULES, SCORERS
 from agd_vllm.attribution.worker import AttributionSettings
-from agd_vllm.engine.arguments import check_engine_args
+from agd_vllm.engine.arguments import check_engine_args, gpus_per_engine
+from agd_vllm.engine.channel import MAX_TOP_K
 from agd_vllm.engine.engine import EngineSettings, GateSettings
 from agd_vllm.faults import FaultLog
 from agd_vllm.heads import read_head_set
@@ -26,6 +28,7 @@ from agd_vllm.schema import parse_selector_option
 from agd_vllm.trace import TraceFile
 
 STRATEGIES = ("agd", "greedy")
+DTYPES = ("float32", "bfloat16")
 
 log = logging.getLogger("agd_vllm")
 
@@ -34,7 +37,7 @@ log = logging.getLogger("agd_vllm")
 class DecoderOptions:
     """All that a run can be asked for; the names are the command line's. Raises ValueError with one line each."""
 
-    model: str
+    model: str | None = None
     strategy: str = "agd"
     tau: float = 1.734
     top_k: int = 5
@@ -58,10 +61,19 @@ class DecoderOptions:
     debug: bool = False
 
     def __post_init__(self) -> None:
+        dtypes = ("auto", *DTYPES)
         checks = (
+            (isinstance(self.model, str) and self.model != "", "model is missing; name a folder or a Hugging Face id"),
+            (self.scorer in SCORERS, f"scorer {self.scorer!r}: choose one of {', '.join(SCORERS)}"),
+            (self.rule in RULES, f"rule {self.rule!r}: choose one of {', '.join(RULES)}"),
+            (self.dtype in dtypes, f"dtype {self.dtype!r}: choose one of {', '.join(dtypes)}"),
+            (
+                self.attribution_dtype in (None, *dtypes),
+                f"attribution_dtype {self.attribution_dtype!r}: choose one of {', '.join(dtypes)}",
+            ),
             (self.strategy in STRATEGIES, f"strategy {self.strategy!r}: choose one of {', '.join(STRATEGIES)}"),
             (self.tau >= 0, f"tau {self.tau}: must be 0 or more (nats)"),
-            (self.top_k >= 2, f"top_k {self.top_k}: a choice needs at least 2 candidates"),
+            (2 <= self.top_k <= MAX_TOP_K, f"top_k {self.top_k}: a choice is among 2 to {MAX_TOP_K} candidates"),
             (0 <= self.min_prob <= 1, f"min_prob {self.min_prob}: must lie between 0 and 1"),
             (self.engines >= 1, f"engines {self.engines}: at least 1"),
             (self.attribution_workers >= 1, f"attribution_workers {self.attribution_workers}: at least 1"),
@@ -110,11 +122,11 @@ class Decoder:
         longest = self.model.max_model_len
         if options.max_model_len is not None and options.max_model_len > longest:
             raise ValueError(f"max_model_len {options.max_model_len}: the model takes at most {longest}")
-        self._roi_heads = ()
+        self.roi_heads: tuple[tuple[int, int], ...] = ()
         if options.roi_heads:
-            self._roi_heads = read_head_set(options.roi_heads, self.model.num_layers, self.model.num_heads)
-        self._fault_log = FaultLog(options.log_json)
-        self._trace = TraceFile(options.trace) if options.trace else None
+            self.roi_heads = read_head_set(options.roi_heads, self.model.num_layers, self.model.num_heads)
+        self._fault_log = FaultLog()
+        self._trace: TraceFile | None = None
         self.preparer()  # refuses chat template kwargs that cannot be set
         self._cluster: placement.Cluster | None = None
         self._workers: list[Any] = []
@@ -127,12 +139,13 @@ class Decoder:
         return Preparer(
             self.tokenizer,
             default_roi=self._default_roi,
-            roi_heads=self._roi_heads,
+            roi_heads=self.roi_heads,
             guided=options.guided,
             max_tokens=options.max_tokens,
             max_model_len=max_model_len or options.max_model_len or self.model.max_model_len,
             chat_template_kwargs=options.chat_template_kwargs,
             pause_token_id=self.model.pause_id,
+            vocab_size=self.model.vocab_size,
         )
 
     def start(self) -> None:
@@ -141,8 +154,12 @@ class Decoder:
             return
         begun = time.perf_counter()
         options = self.options
+        # Only now, so that a run that is refused before it starts leaves files of an earlier one alone.
+        self._fault_log = FaultLog(options.log_json)
+        self._trace = TraceFile(options.trace) if options.trace else None
         workers = options.attribution_workers if options.guided else 0
-        self._cluster = placement.connect(options.engines + workers, options.debug)
+        demand = placement.Demand(options.engines, workers, gpus_per_engine(options.engine_args))
+        self._cluster = placement.connect(demand, options.debug)
         try:
             self._start_actors(workers)
         except BaseException:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from agd_vllm.dry_run import dry_run
+from agd_vllm.fingerprint import fingerprint
 from agd_vllm.pipeline.decoder import Decoder, DecoderOptions
 from agd_vllm.pipeline.progress import ProgressLine, print_summary
 from agd_vllm.pipeline.tally import Tally
@@ -44,7 +45,7 @@ def run_dataset(settings: RunSettings, options: DecoderOptions) -> int:
     """
     check_inputs(settings.inputs)
     decoder = Decoder(options=options)
-    identity = _identity(settings, options)
+    identity = _identity(settings, decoder)
     open_run(settings.output, identity, settings.resume)
     notes = Console(stderr=True)
     progress = ProgressLine(notes)
@@ -91,19 +92,29 @@ def _decode(
     decoder: Decoder, rows: Iterable[InputRow], writer: RunWriter, progress: ProgressLine, tally: Tally
 ) -> None:
     with decoder, progress:
-        for outcome in decoder.outcomes(rows):
-            if outcome is not None:
-                writer.fail(outcome) if isinstance(outcome, RowError) else writer.add(outcome)
-                progress.count(outcome)
-            writer.flush_if_due()
-            tally.keep_if_due()
-            progress.show(decoder.waiting_for_attribution)
+        try:
+            for outcome in decoder.outcomes(rows):
+                if outcome is not None:
+                    writer.fail(outcome) if isinstance(outcome, RowError) else writer.add(outcome)
+                    progress.count(outcome)
+                writer.flush_if_due()
+                tally.keep_if_due()
+                progress.show(decoder.waiting_for_attribution)
+        finally:
+            # Before engines and Ray are stopped, which takes longer than some schedulers wait.
+            writer.flush()
 
 
-def _identity(settings: RunSettings, options: DecoderOptions) -> dict[str, Any]:
+def _identity(settings: RunSettings, decoder: Decoder) -> dict[str, Any]:
+    options = decoder.options
     parameters = {key: value for key, value in asdict(options).items() if key not in NOT_IDENTITY}
     parameters["roi"] = options.default_roi
-    return {"inputs": list(settings.inputs), **parameters}
+    # Files may change under their names.
+    return {
+        "inputs": [fingerprint(source) for source in settings.inputs],
+        **parameters,
+        "roi_heads": [list(head) for head in decoder.roi_heads],
+    }
 
 
 def _write_summary(settings: RunSettings, decoder: Decoder, identity: dict[str, Any], tally: Tally) -> dict[str, Any]:
