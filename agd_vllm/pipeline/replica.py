@@ -103,7 +103,7 @@ class Replica:
             self._fatal, ended = lost, None
         except Exception as error:
             # Where the engine is dead the row is not to blame: the driver decodes it again in a new one.
-            ended = None if self._engine.dead else RowFailed(row.id, "decode", f"{type(error).__name__}: {error}")
+            ended = None if self._engine.dead else RowFailed(row.id, "decode", last_line(error))
         if ended is not None:
             self._ended.put_nowait(ended)
 
