@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
+
+_ANSI_CODE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
 log = logging.getLogger("agd_vllm")
 
@@ -64,3 +67,9 @@ class FaultLog:
         """The faults since the last call."""
         fresh, self._fresh = self._fresh, []
         return fresh
+
+
+def last_line(error: Exception) -> str:
+    """The last words of an error, which may hold a remote traceback, in colours."""
+    lines = [line.strip() for line in _ANSI_CODE.sub("", str(error)).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -92,7 +92,9 @@ def test_a_row_that_kills_its_engine_is_an_error_and_the_rest_is_decoded(decoder
     error = outcomes.pop(poison)
     assert isinstance(error, RowError)
     assert error.type == "poison"
-    assert decoder.faults["engine_restarts"] == before + 3  # with all rows in flight, then twice alone
+    # With all rows in flight, in a half and a quarter of them (fewer where rows end in between), then twice alone. A
+    # kill may hit the next engine, too, while it starts.
+    assert before + 3 <= decoder.faults["engine_restarts"] <= before + 7
     same(outcomes, {name: row for name, row in undisturbed.items() if name != poison})
 
 

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import ray
-
 from agd_vllm.attribution.scorer import RULES, SCORERS
 from agd_vllm.attribution.worker import AttributionSettings
 from agd_vllm.engine.arguments import check_engine_args, gpus_per_engine
@@ -19,7 +17,7 @@ from agd_vllm.faults import FaultLog
 from agd_vllm.heads import read_head_set
 from agd_vllm.model import inspect_model
 from agd_vllm.pipeline import placement
-from agd_vllm.pipeline.fleet import Fleet, kill, last_line
+from agd_vllm.pipeline.fleet import Fleet, kill, loaded
 from agd_vllm.pipeline.source import Source
 from agd_vllm.prepare import Preparer
 from agd_vllm.reader import check_rows
@@ -130,6 +128,7 @@ class Decoder:
         self.preparer()  # refuses chat template kwargs that cannot be set
         self._cluster: placement.Cluster | None = None
         self._workers: list[Any] = []
+        self._scoring: tuple[bool, int | None] | None = None
         self._fleet: Fleet | None = None
         self.load_seconds = 0.0
 
@@ -195,15 +194,19 @@ class Decoder:
         self._info = self._fleet.start()
 
     def _attach(self, replica: Any) -> None:
+        """Tells an engine who scores. Workers are asked when the first one starts: later they are busy, or restart."""
         if self._workers:
-            try:
-                infos = ray.get([worker.info.remote() for worker in self._workers])
-            except ray.exceptions.RayError as error:
-                raise RuntimeError(f"an attribution worker could not start: {last_line(error)}") from error
-            tokens = None
-            if infos[0].cache_tokens is not None:
-                tokens = sum(info.cache_tokens for info in infos) // self.options.engines
-            replica.attach.remote(self._workers, infos[0].stateful, tokens)
+            if self._scoring is None:
+                self._scoring = self._ask_workers()
+            replica.attach.remote(self._workers, *self._scoring)
+
+    def _ask_workers(self) -> tuple[bool, int | None]:
+        """Waits until all have loaded the model; whether they are stateful, and one engine's share of their caches."""
+        infos = loaded([worker.info.remote() for worker in self._workers], "an attribution worker")
+        tokens = None
+        if infos[0].cache_tokens is not None:
+            tokens = sum(info.cache_tokens for info in infos) // self.options.engines
+        return infos[0].stateful, tokens
 
     def decode(
         self, rows: Iterable[dict[str, Any]], on_error: Callable[[RowError], None] | None = None
@@ -245,11 +248,16 @@ class Decoder:
 
     def close(self) -> None:
         """Stops the actors, and Ray if this decoder started it. Safe to call twice."""
-        if self._fleet:
-            self._fleet.close()
+        try:
+            if self._fleet:
+                self._fleet.close()
+        finally:
+            self._close_rest()
+
+    def _close_rest(self) -> None:
         for worker in self._workers:
             kill(worker)
-        self._workers = []
+        self._workers, self._scoring = [], None
         if self._cluster is not None:
             placement.disconnect(self._cluster)
             self._cluster = None

@@ -12,7 +12,7 @@ from agd_vllm.attribution.pool import AttributionPool, WorkerLost
 from agd_vllm.chat import load_tokenizer
 from agd_vllm.engine.engine import Engine, EngineSettings, GateSettings
 from agd_vllm.engine.events import SessionFailed
-from agd_vllm.faults import Fault, FaultLog
+from agd_vllm.faults import Fault, FaultLog, last_line
 from agd_vllm.model import ModelInfo
 from agd_vllm.pipeline.row_loop import decode_row
 from agd_vllm.records import DecodedRow, PreparedRow, RowRefused
