@@ -43,7 +43,7 @@ RAY_AGENTS, RAY_AGENTS_STAY_S = ("ray::DashboardAgent", "ray::RuntimeEnvAgent"),
 class ChaosRun:
     """`agd-vllm decode` on short demo rows into `folder`; `rows` of them, the longer the later."""
 
-    def __init__(self, model: Path, folder: Path, rows: int):
+    def __init__(self, model: Path, folder: Path, rows: int, *options: str):
         folder.mkdir()
         self.output = folder / "out"
         data = folder / "rows.jsonl"
@@ -54,7 +54,7 @@ class ChaosRun:
         self._log, self._faults = folder / "log.txt", folder / "faults.jsonl"
         self._command = [sys.executable, "-m", "agd_vllm", "decode", str(data), "--output", str(self.output)]
         self._command += ["--model", str(model), "--dtype", "float32", "--max-model-len", "1024", "--part-rows", "5"]
-        self._command += ["--log-json", str(self._faults)]
+        self._command += ["--log-json", str(self._faults), *options]
         for arg in ("enforce_eager=true", "kv_cache_memory_bytes=268435456", "max_num_seqs=8"):
             self._command += ["--engine-arg", arg]
 
@@ -130,7 +130,9 @@ def await_end(processes: list[psutil.Process], timeout: float) -> None:
 def unleash(model: Path, folder: Path, kills: list[str], rows: int, seed: int) -> dict[str, Any]:
     """Runs undisturbed, then with `kills` (names of PARTS, in this order), compares; returns what happened."""
     rng = random.Random(seed)
-    calm, stormy = ChaosRun(model, folder / "calm", rows), ChaosRun(model, folder / "stormy", rows)
+    # With two workers, which batch the steps otherwise: the output must not depend on that either.
+    calm = ChaosRun(model, folder / "calm", rows, "--attribution-workers", "2")
+    stormy = ChaosRun(model, folder / "stormy", rows)
     assert calm.start().wait() == 0, calm.log()
     waiting, launches, agents = list(kills), 0, []
     begun = time.monotonic()
@@ -159,6 +161,10 @@ def unleash(model: Path, folder: Path, kills: list[str], rows: int, seed: int) -
         after = stormy.parts()
         assert all(after.get(path) == content for path, content in before.items()), "a durable part has changed"
     await_end(agents, RAY_AGENTS_STAY_S)
+    summary = json.loads((stormy.output / "summary.json").read_text())
+    logged = Counter(stormy.faults())
+    # An invocation that is killed outright counts what it logged up to some seconds before.
+    assert summary["faults"] == logged or ("driver" in kills[1:] and Counter(summary["faults"]) <= logged)
     ours, theirs = stormy.decoded(), calm.decoded()
     assert ours.keys() == theirs.keys(), "rows are missing"
     different = [name for name in ours if ours[name] != theirs[name]]
@@ -170,7 +176,7 @@ def unleash(model: Path, folder: Path, kills: list[str], rows: int, seed: int) -
         "launches": launches,
         "rows_lost": 0,
         "rows_different": 0,
-        "faults": dict(Counter(stormy.faults())),
+        "faults": dict(logged),
         "seconds": time.monotonic() - begun,
     }
 

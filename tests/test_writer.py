@@ -21,11 +21,14 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_tokenizers import tiny
 
+from agd_vllm.pipeline.source import Source
+from agd_vllm.prepare import Preparer
 from agd_vllm.reader import read_rows
 from agd_vllm.records import DecodedRow, GuidedStep, InputRow, RowError, Span
 from agd_vllm.summary import OutputUnusable, count_outputs, open_run, write_summary
-from agd_vllm.writer import OutputFailed, RunWriter
+from agd_vllm.writer import LOCK, OutputFailed, RunWriter
 
 ENDINGS = (b"\n", b"\n\n", b" \r\n")
 
@@ -47,6 +50,25 @@ def run(inputs, directory, part_rows=5, after_row=lambda: None):
             elif row.id not in writer.completed_ids():
                 writer.add(decoded(row.id, row.metadata))
             after_row()
+
+
+def run_prepared(path, directory):
+    """As `run`, with everything between reader and engine: template, tokens, region, limits."""
+    preparer = Preparer(tiny("byte_level", "chatml"), default_roi=None, guided=True, max_tokens=8, max_model_len=512)
+    with RunWriter(directory, 15) as writer:
+        rows = read_rows([path])
+        source = Source((row for row in rows if isinstance(row, RowError) or not seen_by(writer, row)), preparer)
+        while not source.exhausted:
+            ready = source.take(8)
+            for error in source.refused():
+                writer.fail(error)
+            for row in ready:
+                assert row.prompt_token_ids and all(0 <= span.start < span.end for span in row.roi.spans)
+                writer.add(source.outcome(decoded(row.id)))
+
+
+def seen_by(writer, row):
+    return row.id in writer.completed_ids()
 
 
 def parts(directory, folder):
@@ -474,7 +496,7 @@ def each_line_ends_in_exactly_one_place(base, lines):
     directory.mkdir()
     (directory / "rows.jsonl").write_bytes(b"\n".join(lines))
     source, out = str(directory / "rows.jsonl"), directory / "out"
-    run([source], str(out), part_rows=15)
+    run_prepared(source, str(out))
     lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
     filled = {number for number, line in enumerate(lines, start=1) if line.strip()}
     line_of = {row.id: row.line for row in read_rows([source]) if isinstance(row, InputRow)}
@@ -484,7 +506,9 @@ def each_line_ends_in_exactly_one_place(base, lines):
     for row in table(out, "results"):
         json.loads(row["metadata"])
     again = parts(out, "results")
-    run([source], str(out), part_rows=15)
+    assert {path.name for path in directory.iterdir()} == {"rows.jsonl", "out"}, "a row wrote somewhere else"
+    assert {path.name for path in out.iterdir()} <= {"results", "steps", "errors.jsonl", LOCK}
+    run_prepared(source, str(out))
     assert (parts(out, "results"), [error["line"] for error in errors(out)]) == (again, failed)
     seen.update(lines=len(filled), decoded=len(results), failed=len(failed))
 

@@ -45,7 +45,7 @@ def run_dataset(settings: RunSettings, options: DecoderOptions) -> int:
     """
     check_inputs(settings.inputs)
     decoder = Decoder(options=options)
-    identity = _identity(settings, decoder)
+    identity = run_identity(settings, decoder)
     open_run(settings.output, identity, settings.resume)
     notes = Console(stderr=True)
     progress = ProgressLine(notes)
@@ -105,7 +105,8 @@ def _decode(
             writer.flush()
 
 
-def _identity(settings: RunSettings, decoder: Decoder) -> dict[str, Any]:
+def run_identity(settings: RunSettings, decoder: Decoder) -> dict[str, Any]:
+    """What decides what is decoded and how: a run may only be continued by one with the same values."""
     options = decoder.options
     parameters = {key: value for key, value in asdict(options).items() if key not in NOT_IDENTITY}
     parameters["roi"] = options.default_roi
