@@ -140,7 +140,8 @@ def decode(
     else:
         # A scheduler's "terminate" and a lost terminal end a run as Ctrl-C does: what is decoded is written first.
         for ending in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(ending, signal.default_int_handler)
+            if signal.getsignal(ending) != signal.SIG_IGN:  # as `nohup` asks for
+                signal.signal(ending, signal.default_int_handler)
         if output is None:
             raise click.UsageError("--output DIR is missing; say where the results go (or try --dry-run)")
         failed = run_dataset(RunSettings(inputs, output, limit, resume, part_rows, part_seconds), decoder_options)

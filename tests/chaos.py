@@ -60,7 +60,9 @@ class ChaosRun:
 
     def start(self) -> psutil.Process:
         with self._log.open("a") as log:
-            return psutil.Popen(self._command, stdout=log, stderr=log, cwd=CHECKOUT, start_new_session=True)
+            return psutil.Popen(
+                self._command, stdout=log, stderr=log, cwd=CHECKOUT, start_new_session=True, preexec_fn=heed_interrupts
+            )
 
     def parts(self) -> dict[Path, str]:
         """Every part that is durable by now, by its content."""
@@ -86,6 +88,11 @@ class ChaosRun:
 
     def log(self) -> str:
         return self._log.read_text()
+
+
+def heed_interrupts() -> None:
+    """A process that was started in the background ignores Ctrl-C, and its children would, too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def family(driver: psutil.Process) -> list[psutil.Process]:

@@ -112,8 +112,9 @@ class GateProcessor(LogitsProcessor):
 
     def _gate(self, logits: torch.Tensor) -> list[Report]:
         everyone = len(self._indices) == logits.shape[0]
+        rows = logits if everyone else logits[self._index]
+        decision = gate(rows, self._tau, self._top_k, self._min_prob, self._pause)
         logits[self._index, self._pause] = float("-inf")
-        decision = gate(logits if everyone else logits[self._index], self._tau, self._top_k, self._min_prob)
         logits[self._index[decision.gated], self._pause[decision.gated]] = torch.finfo(logits.dtype).max
         return self._reports(decision)
 
