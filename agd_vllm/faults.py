@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
+
+_ANSI_CODE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+
+log = logging.getLogger("agd_vllm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +35,7 @@ class FaultLog:
         self.counts: Counter[str] = Counter()
         self._fresh: list[Fault] = []
         self._file = None
+        self._warned = False
         if path is not None:
             try:
                 self._file = open(path, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
@@ -41,12 +48,28 @@ class FaultLog:
     def absorb(self, faults: list[Fault]) -> None:
         for fault in faults:
             self.counts[fault.kind] += 1
-            if self._file is not None:
-                self._file.write(json.dumps(asdict(fault)) + "\n")
+            self._write(fault)
         if self._file is None:
             self._fresh += faults
+
+    def _write(self, fault: Fault) -> None:
+        """A log that cannot be written is no reason to stop: the faults are counted all the same."""
+        if self._file is None:
+            return
+        try:
+            self._file.write(json.dumps(asdict(fault)) + "\n")
+        except OSError as error:
+            if not self._warned:
+                log.warning("--log-json: %s; faults are only counted from here on", error.strerror)
+            self._warned = True
 
     def drain(self) -> list[Fault]:
         """The faults since the last call."""
         fresh, self._fresh = self._fresh, []
         return fresh
+
+
+def last_line(error: Exception) -> str:
+    """The last words of an error, which may hold a remote traceback, in colours."""
+    lines = [line.strip() for line in _ANSI_CODE.sub("", str(error)).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

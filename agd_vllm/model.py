@@ -26,6 +26,7 @@ class ModelInfo:
     eos_ids: frozenset[int]
     pause_id: int | None
     max_model_len: int
+    vocab_size: int
     num_layers: int
     num_heads: int
 
@@ -48,7 +49,8 @@ def inspect_model(
     try:
         generation = GenerationConfig.from_pretrained(path, revision=revision)
     except OSError:
-        generation = GenerationConfig()
+        # As vLLM does: EOS tokens may stand in the model's configuration.
+        generation = GenerationConfig.from_model_config(config)
     eos_ids = frozenset({tokenizer.eos_token_id, *_as_list(generation.eos_token_id)} - {None})
     text_config = config.get_text_config()
     pause_id = find_pause_token(tokenizer, text_config, eos_ids) if guided else None
@@ -59,6 +61,7 @@ def inspect_model(
         eos_ids,
         pause_id,
         max_model_len=text_config.max_position_embeddings,
+        vocab_size=text_config.vocab_size,
         num_layers=text_config.num_hidden_layers,
         num_heads=text_config.num_attention_heads,
     )

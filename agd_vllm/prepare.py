@@ -19,7 +19,8 @@ class Preparer:
     `default_roi` is for rows that name no region (None: such rows have no tokens as region); `roi_heads`, (layer, head)
     pairs, are part of every region; a row with neither is decoded unguided. Not `guided`, no region is looked at.
     `max_tokens` is for rows that name none. `max_model_len` bounds prompt and output together, in tokens.
-    `pause_token_id` is the token by which the gate stops the engine, so no prompt may hold it.
+    `pause_token_id` is the token by which the gate stops the engine, so no prompt may hold it. `vocab_size` is the
+    model's: a tokenizer may know tokens beyond it.
     Raises ValueError for `chat_template_kwargs` that are no variables of a template.
     """
 
@@ -34,16 +35,19 @@ class Preparer:
         max_model_len: int | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         pause_token_id: int | None = None,
+        vocab_size: int | None = None,
     ):
         self.guided = guided
         self._template = ChatTemplate(tokenizer)
         self._tokenizer = ChatTokenizer(tokenizer)
+        self._longest_token = max(map(len, tokenizer.get_vocab()))  # in characters, or in more of its own for bytes
         self._default_roi = default_roi
         self._heads = roi_heads
         self._max_tokens = max_tokens
         self._max_model_len = max_model_len
         self._kwargs = dict(chat_template_kwargs or {})
         self._pause_token_id = pause_token_id
+        self._vocab_size = vocab_size
         if reserved := self._template.reserved(self._kwargs):
             raise ValueError(f"chat template kwargs cannot set {', '.join(reserved)}; the model or agd-vllm sets it")
 
@@ -55,6 +59,11 @@ class Preparer:
             raise RowRefused(
                 "special_tokens",
                 f"the prompt holds the token {self._pause_token_id}, which agd-vllm reserves for pausing; take it out",
+            )
+        if self._vocab_size is not None and max(tokens.ids) >= self._vocab_size:
+            raise RowRefused(
+                "special_tokens",
+                f"the prompt holds the token {max(tokens.ids)}, the model knows {self._vocab_size}; take it out",
             )
         max_tokens = row.max_tokens if row.max_tokens is not None else self._max_tokens
         max_tokens = max_tokens if room is None else min(max_tokens, room)
@@ -82,7 +91,17 @@ class Preparer:
         else:
             self._check_kwargs(row.chat_template_kwargs)
             rendered = self._template.render(row.messages, {**self._kwargs, **row.chat_template_kwargs})
+        self._check_size(rendered.text)
         return rendered, self._tokenizer.encode(rendered)
+
+    def _check_size(self, text: str) -> None:
+        """Refuses before it is tokenized, which takes seconds a megabyte, a prompt that can only be too long."""
+        if self._max_model_len is not None and len(text) > self._max_model_len * self._longest_token:
+            raise RowRefused(
+                "prompt_length",
+                f"the prompt has {len(text)} characters, more than the {self._max_model_len} tokens that the model "
+                "takes could hold; shorten it",
+            )
 
     def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
         if not kwargs:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+FLOAT32_MAX = 3.4028234663852886e38  # weights of tokens are float32 in the output
+
 
 @dataclass(frozen=True, slots=True)
 class Selector:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from decimal import Decimal
 
 from agd_vllm.chat import Tokens
-from agd_vllm.records import Roi, RowRefused, Selector, Span
+from agd_vllm.records import FLOAT32_MAX, Roi, RowRefused, Selector, Span
 from agd_vllm.template import Place, Rendered
 
 
@@ -42,6 +42,8 @@ def region(selectors: Iterable[Selector], rendered: Rendered, tokens: Tokens) ->
         weight = float(weights[index])
         if weight == 0:
             continue
+        if abs(weight) > FLOAT32_MAX:
+            raise RowRefused("roi", "the weights of the roi's selectors add up beyond float32; make them smaller")
         if spans and spans[-1].end == index and spans[-1].weight == weight:
             spans[-1] = Span(spans[-1].start, index + 1, weight)
         else:

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from agd_vllm.records import InputRow, RowRefused, Selector
+from agd_vllm.records import FLOAT32_MAX, InputRow, RowRefused, Selector
 
 ROLES = ("system", "user", "assistant")
 INT32_MAX = 2**31 - 1  # token ids and counts are int32 in the output
-FLOAT32_MAX = 3.4028234663852886e38  # so are weights, as float32
+MAX_SELECTORS = 256  # each is searched for in the whole prompt
 
 # Parameters of sampling APIs that people leave in their rows. A row may carry each at the value that changes nothing;
 # any other value asks for what a deterministic decoder does not do, and ignoring it would falsify the user's results.
@@ -63,7 +63,7 @@ _EXPECTED = {
     "messages": 'a non-empty list of {"role", "content"} objects',
     "content": "a string (lists of content parts are not supported)",
     "prompt": "a non-empty string",
-    "roi": 'a non-empty list of selectors such as {"role": "system"} (leave roi out for the run\'s default)',
+    "roi": f'a list of 1 to {MAX_SELECTORS} selectors such as {{"role": "system"}} (leave it out for the default)',
     "message": "the index of a message, counted from 0",
     "text": "a non-empty string",
     "chars": "a pair of whole numbers [start, end] with 0 <= start < end",
@@ -120,7 +120,7 @@ class _Row(_Strict):
     id: Annotated[str, Field(min_length=1)]
     messages: Annotated[list[_Message], Field(min_length=1)] | None = None
     prompt: Annotated[str, Field(min_length=1)] | None = None
-    roi: Annotated[list[_Selector], Field(min_length=1)] | None = None
+    roi: Annotated[list[_Selector], Field(min_length=1, max_length=MAX_SELECTORS)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
     min_tokens: Count | None = None
     stop: Annotated[

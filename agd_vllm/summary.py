@@ -67,19 +67,6 @@ def write_summary(directory: str, summary: dict[str, Any]) -> None:
     OutputDirectory(directory).write(SUMMARY, _json(_finite(summary)))
 
 
-def read_summary(directory: str) -> dict[str, Any]:
-    """The summary that is there, {} if none: what accumulates over resumed invocations starts from it.
-
-    Raises:
-        OutputFailed: where it cannot be read.
-    """
-    output = OutputDirectory(directory)
-    if SUMMARY not in output.names():
-        return {}
-    with output.open(SUMMARY) as file, output.faults(SUMMARY):
-        return json.load(file)
-
-
 def count_outputs(directory: str) -> dict[str, int]:
     """`rows`, `decoded`, `failed`, `prompt_tokens`, `output_tokens`, `guided_steps` and `changed_tokens` (steps whose
     choice is not the greedy token), counted from what is on disk, part by part, after any number of resumes.

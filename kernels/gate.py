@@ -42,16 +42,21 @@ def entropy_and_log_sum_exp(logits: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return torch.cat(entropies), torch.cat(log_sums)
 
 
-def gate(logits: torch.Tensor, tau: torch.Tensor, top_k: int, min_prob: torch.Tensor) -> GateDecision:
+def gate(
+    logits: torch.Tensor, tau: torch.Tensor, top_k: int, min_prob: torch.Tensor, pause: torch.Tensor
+) -> GateDecision:
     """Opens for the rows whose entropy is at least `tau` and that have at least two candidates.
 
-    Candidates are the `top_k` most probable tokens with probability >= `min_prob`.
-    `logits` [rows, vocab]; `tau` (nats) and `min_prob` [rows] float32.
+    Candidates are the `top_k` most probable tokens with probability >= `min_prob`, `pause` never among them; entropy
+    and probabilities are those of the full distribution. `logits` [rows, vocab]; `tau` (nats) and `min_prob` [rows]
+    float32; `pause` [rows] token ids.
     """
     entropy, log_sum_exp = entropy_and_log_sum_exp(logits)
     uncertain = (entropy >= tau).nonzero().squeeze(-1)
-    values, ids = logits[uncertain].float().topk(min(top_k, logits.shape[-1]), dim=-1)
+    choices = logits[uncertain].float().scatter_(1, pause[uncertain, None], float("-inf"))
+    values, ids = choices.topk(min(top_k, logits.shape[-1]), dim=-1)
     probs = (values - log_sum_exp[uncertain, None]).exp()
-    count = (probs >= min_prob[uncertain, None]).sum(-1)
+    # A floor of 0 lets in what is improbable, not what is impossible.
+    count = ((probs >= min_prob[uncertain, None]) & (values > float("-inf"))).sum(-1)
     enough = count >= 2
     return GateDecision(entropy, uncertain[enough], ids[enough], probs[enough], count[enough])

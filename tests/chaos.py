@@ -27,9 +27,15 @@ import pyarrow.parquet as pq
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEMO_ROWS = CHECKOUT / "examples/demo.jsonl"
-# What a process of each part is called; the driver is the command line itself.
-PARTS = {"driver": None, "worker": "ray::AttributionWorker", "engine": "VLLM::EngineCore", "actor": "ray::Replica"}
-LAUNCHES_WITHOUT_A_KILL = 5
+# What a process of each part is called; the driver is the command line itself, killed or interrupted (Ctrl-C).
+PARTS = {
+    "driver": None,
+    "interrupt": None,
+    "worker": "ray::AttributionWorker",
+    "engine": "VLLM::EngineCore",
+    "actor": "ray::Replica",
+}
+INTERRUPTED = "agd-vllm: interrupted; the same command goes on where it stopped"
 # Ray's agents outlive a driver that was killed outright: they try for 60 seconds (fixed in Ray) to tell it of that.
 RAY_AGENTS, RAY_AGENTS_STAY_S = ("ray::DashboardAgent", "ray::RuntimeEnvAgent"), 90
 
@@ -37,7 +43,7 @@ RAY_AGENTS, RAY_AGENTS_STAY_S = ("ray::DashboardAgent", "ray::RuntimeEnvAgent"),
 class ChaosRun:
     """`agd-vllm decode` on short demo rows into `folder`; `rows` of them, the longer the later."""
 
-    def __init__(self, model: Path, folder: Path, rows: int):
+    def __init__(self, model: Path, folder: Path, rows: int, *options: str):
         folder.mkdir()
         self.output = folder / "out"
         data = folder / "rows.jsonl"
@@ -48,13 +54,15 @@ class ChaosRun:
         self._log, self._faults = folder / "log.txt", folder / "faults.jsonl"
         self._command = [sys.executable, "-m", "agd_vllm", "decode", str(data), "--output", str(self.output)]
         self._command += ["--model", str(model), "--dtype", "float32", "--max-model-len", "1024", "--part-rows", "5"]
-        self._command += ["--log-json", str(self._faults)]
+        self._command += ["--log-json", str(self._faults), *options]
         for arg in ("enforce_eager=true", "kv_cache_memory_bytes=268435456", "max_num_seqs=8"):
             self._command += ["--engine-arg", arg]
 
     def start(self) -> psutil.Process:
         with self._log.open("a") as log:
-            return psutil.Popen(self._command, stdout=log, stderr=log, cwd=CHECKOUT, start_new_session=True)
+            return psutil.Popen(
+                self._command, stdout=log, stderr=log, cwd=CHECKOUT, start_new_session=True, preexec_fn=heed_interrupts
+            )
 
     def parts(self) -> dict[Path, str]:
         """Every part that is durable by now, by its content."""
@@ -82,6 +90,11 @@ class ChaosRun:
         return self._log.read_text()
 
 
+def heed_interrupts() -> None:
+    """A process that was started in the background ignores Ctrl-C, and its children would, too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def family(driver: psutil.Process) -> list[psutil.Process]:
     """The driver and all that it and Ray have started for it; Ray's daemons are its children, too."""
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -98,22 +111,22 @@ def victims(part: str, driver: psutil.Process) -> list[psutil.Process]:
     return found
 
 
-def strike(part: str, run: ChaosRun, driver: psutil.Process, at_rows: int, delay: float) -> bool:
+def strike(part: str, run: ChaosRun, driver: psutil.Process, at_rows: int, delay: float) -> list[psutil.Process]:
     """Kills the part once the run has that many rows on disk, after `delay` seconds more.
 
-    False where the run ended before.
+    Returns all processes of the run as they were then; none where the run ended before.
     """
     while driver.is_running() and driver.status() != psutil.STATUS_ZOMBIE:
         if run.rows() >= at_rows and victims("engine", driver) and victims("worker", driver):
             time.sleep(delay)
-            targets = victims(part, driver)
+            alive, targets = family(driver), victims(part, driver)
             for target in targets:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    target.send_signal(signal.SIGKILL)
+                    target.send_signal(signal.SIGINT if part == "interrupt" else signal.SIGKILL)
             if targets:
-                return True
+                return alive
         time.sleep(0.2)
-    return False
+    return []
 
 
 def await_end(processes: list[psutil.Process], timeout: float) -> None:
@@ -124,37 +137,41 @@ def await_end(processes: list[psutil.Process], timeout: float) -> None:
 def unleash(model: Path, folder: Path, kills: list[str], rows: int, seed: int) -> dict[str, Any]:
     """Runs undisturbed, then with `kills` (names of PARTS, in this order), compares; returns what happened."""
     rng = random.Random(seed)
-    calm, stormy = ChaosRun(model, folder / "calm", rows), ChaosRun(model, folder / "stormy", rows)
+    # With two workers, which batch the steps otherwise: the output must not depend on that either.
+    calm = ChaosRun(model, folder / "calm", rows, "--attribution-workers", "2")
+    stormy = ChaosRun(model, folder / "stormy", rows)
     assert calm.start().wait() == 0, calm.log()
-    waiting, launches, calm_launches, agents = list(kills), 0, 0, []
+    waiting, launches, agents = list(kills), 0, []
     begun = time.monotonic()
-    while True:
+    status = None
+    while status != 0:
         launches += 1
-        driver, seen, struck = stormy.start(), [], False
+        driver, seen, last = stormy.start(), [], None
         before = stormy.parts()
-        while waiting:
-            done = stormy.rows()
-            if not strike(waiting[0], stormy, driver, at_rows=done + 1, delay=rng.uniform(0, 2)):
+        while waiting and (last is None or PARTS[last] is not None):
+            alive = strike(waiting[0], stormy, driver, at_rows=stormy.rows() + 1, delay=rng.uniform(0, 2))
+            if not alive:
                 break
-            struck = True
-            print(f"{time.monotonic() - begun:6.0f} s  killed {waiting[0]} at {stormy.rows()} rows", flush=True)
-            seen = family(driver)
+            last = waiting.pop(0)
+            print(f"{time.monotonic() - begun:6.0f} s  killed {last} at {stormy.rows()} rows", flush=True)
+            seen += alive
             before |= stormy.parts()
-            if waiting.pop(0) == "driver":
-                break
-        seen = seen or family(driver)
         status = driver.wait()
+        if status == 1:
+            assert last == "interrupt", stormy.log()
+            assert stormy.log().splitlines()[-1] == INTERRUPTED
+        else:
+            assert status == 0 or (status == -signal.SIGKILL and last == "driver"), stormy.log()
         still = [process for process in seen if process.pid != driver.pid and process.is_running()]
         agents += [process for process in still if process.name() in RAY_AGENTS]
         await_end([process for process in still if process not in agents], timeout=60)
         after = stormy.parts()
         assert all(after.get(path) == content for path, content in before.items()), "a durable part has changed"
-        if status == 0:
-            break
-        assert status == -signal.SIGKILL, stormy.log()
-        calm_launches = 0 if struck else calm_launches + 1
-        assert calm_launches < LAUNCHES_WITHOUT_A_KILL, stormy.log()
     await_end(agents, RAY_AGENTS_STAY_S)
+    summary = json.loads((stormy.output / "summary.json").read_text())
+    logged = Counter(stormy.faults())
+    # An invocation that is killed outright counts what it logged up to some seconds before.
+    assert summary["faults"] == logged or ("driver" in kills[1:] and Counter(summary["faults"]) <= logged)
     ours, theirs = stormy.decoded(), calm.decoded()
     assert ours.keys() == theirs.keys(), "rows are missing"
     different = [name for name in ours if ours[name] != theirs[name]]
@@ -166,7 +183,7 @@ def unleash(model: Path, folder: Path, kills: list[str], rows: int, seed: int) -
         "launches": launches,
         "rows_lost": 0,
         "rows_different": 0,
-        "faults": dict(Counter(stormy.faults())),
+        "faults": dict(logged),
         "seconds": time.monotonic() - begun,
     }
 

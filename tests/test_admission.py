@@ -14,7 +14,7 @@ def row(tokens: int) -> PreparedRow:
 
 
 async def holds(admission: Admission, tokens: int, log: list, name: str, release: asyncio.Event) -> None:
-    async with admission.reserve(row(tokens)):
+    async with admission.reserve(row(tokens), gated=True):
         log.append(name)
         await release.wait()
 
@@ -94,10 +94,34 @@ def test_a_row_larger_than_the_whole_cache_is_refused():
     async def scenario():
         admission = Admission(num_blocks=11, block_size=16, max_sessions=4, max_model_len=10**6)
         with pytest.raises(RowRefused, match="11 KV blocks") as refused:
-            async with admission.reserve(row(161)):
+            async with admission.reserve(row(161), gated=True):
                 pass
         assert refused.value.type == "too_long"
-        async with admission.reserve(row(160)):
+        async with admission.reserve(row(160), gated=True):
             pass
+
+    run(scenario)
+
+
+def test_gated_rows_wait_for_room_in_the_attribution_cache():
+    async def scenario():
+        admission = Admission(num_blocks=1000, block_size=16, max_sessions=9, max_model_len=10**6)
+        admission.limit_attribution(100)
+        log, release = [], asyncio.Event()
+        tasks = [asyncio.create_task(holds(admission, size, log, f"{size}", release)) for size in (60, 50, 40)]
+        await settle()
+        assert log == ["60"]
+        release.set()
+        await asyncio.gather(*tasks)
+        release.clear()
+        huge = asyncio.create_task(holds(admission, 500, log, "huge", release))
+        small = asyncio.create_task(holds(admission, 10, log, "small", release))
+        await settle()
+        assert log[-1] == "huge"  # alone, with the whole budget
+        small.cancel()
+        async with admission.reserve(row(500), gated=False):  # an ungated row needs none of it
+            pass
+        release.set()
+        await asyncio.gather(huge, small, return_exceptions=True)
 
     run(scenario)

@@ -11,7 +11,10 @@ import pytest
 import ray
 from conftest import CHECKOUT, DEMO_ROWS
 
+from agd_vllm import Decoder
 from agd_vllm.cli import main
+from agd_vllm.pipeline.run import RunSettings, run_identity
+from agd_vllm.summary import open_run
 
 GOOD = {"id": "good", "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]}
 
@@ -154,6 +157,24 @@ def test_unusable_head_sets(capsys, tmp_path, smollm2, data, content, word):
         path.write_text(content)
     arguments = ("--model", str(smollm2), "--output", str(tmp_path / "out"), "--roi-heads", str(path))
     assert word in fails(capsys, 2, "decode", data, *arguments)
+
+
+def test_code_of_a_model_is_not_run_unless_asked_for(capsys, tmp_path, smollm2, data):
+    model = shutil.copytree(smollm2, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((model / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (model / "config.json").write_text(json.dumps(config | own))
+    (model / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Config: pass\n")
+    fails(capsys, 2, "decode", data, "--model", str(model), "--output", str(tmp_path / "out"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_changed_input_is_another_run(capsys, tmp_path, smollm2, data):
+    arguments = ("decode", data, "--model", str(smollm2), "--output", str(tmp_path / "out"))
+    identity = run_identity(RunSettings((data,), str(tmp_path / "out")), Decoder(str(smollm2)))
+    open_run(str(tmp_path / "out"), identity, resume=True)
+    Path(data).write_text(json.dumps(GOOD | {"id": "other"}) + "\n")
+    assert "inputs" in fails(capsys, 2, *arguments)
 
 
 def test_unknown_demo_model(capsys, tmp_path):

@@ -1,6 +1,7 @@
-"""A row that kills its engine whenever it is decoded. Parts that die otherwise: test_chaos.py."""
+"""One Decoder over its life: left early, killed by a row, closed. Parts that die otherwise: test_chaos.py."""
 
 import dataclasses
+import itertools
 import signal
 import threading
 import time
@@ -18,16 +19,21 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def rows():
-    """Short rows that end one after another, so that others are in flight when the first has come out."""
-    rows = list(read_rows([str(DEMO_ROWS)]))[:8]
+    rows = list(read_rows([str(DEMO_ROWS)]))[:3]
     return [dataclasses.replace(row, max_tokens=12 + 4 * index) for index, row in enumerate(rows)]
 
 
 @pytest.fixture(scope="module")
 def decoder(smollm2):
     engine_args = {key: value for key, value in ENGINE_ARGS.items() if key != "max_model_len"}
+    before = signal.signal(signal.SIGTERM, ended_by_scheduler)
     with Decoder(str(smollm2), dtype="float32", max_model_len=1024, engine_args=engine_args) as decoder:
         yield decoder
+    signal.signal(signal.SIGTERM, before)
+
+
+def ended_by_scheduler(*_):
+    raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +76,31 @@ def same(ours: dict[str, DecodedRow], theirs: dict[str, DecodedRow]) -> None:
         assert [step.step for step in row.steps] == [step.step for step in theirs[name].steps]
 
 
+def test_the_callers_signal_handler_stays(decoder):
+    """Ray would put one of its own in its place, which ends the process without a word."""
+    assert signal.getsignal(signal.SIGTERM) is ended_by_scheduler
+
+
+def test_decode_takes_endless_input_as_room_allows_and_may_be_left(decoder, rows, undisturbed):
+    """The next call starts clean, also with ids that were in flight."""
+    taken, errors = [], []
+
+    def endless():
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a fruit."}]
+        yield {"id": "no messages"}
+        for name in itertools.chain((row.id for row in rows), map(str, itertools.count())):
+            taken.append(name)
+            yield {"id": name, "messages": messages, "max_tokens": 400, "metadata": {"name": name}}
+
+    for row in decoder.decode(endless(), on_error=errors.append):
+        assert row.metadata == {"name": row.id}
+        assert row.steps and row.text
+        break
+    assert [error.id for error in errors] == ["no messages"]
+    assert len(taken) < ENGINE_ARGS["max_num_seqs"] + 100
+    same(decoded(decoder.outcomes(rows)), undisturbed)
+
+
 def test_a_row_that_kills_its_engine_is_an_error_and_the_rest_is_decoded(decoder, rows, undisturbed):
     """vLLM's process is killed whenever the row is in flight, as a row would do it that crashes vLLM."""
     poison = rows[-1].id
@@ -92,7 +123,8 @@ def test_a_row_that_kills_its_engine_is_an_error_and_the_rest_is_decoded(decoder
     error = outcomes.pop(poison)
     assert isinstance(error, RowError)
     assert error.type == "poison"
-    assert decoder.faults["engine_restarts"] == before + 3  # with all rows in flight, then twice alone
+    # With all three rows in flight, then twice alone; a kill may hit the next engine, too, while it starts.
+    assert before + 3 <= decoder.faults["engine_restarts"] <= before + 5
     same(outcomes, {name: row for name, row in undisturbed.items() if name != poison})
 
 

@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 from agd_vllm.kernels.gate import entropy_and_log_sum_exp, gate
 
 
-def literal(logits: torch.Tensor, tau: float, top_k: int, min_prob: float):
+def literal(logits: torch.Tensor, tau: float, top_k: int, min_prob: float, pause: int = -1):
     probs = logits.double().softmax(-1)
     entropy = torch.special.entr(probs).sum(-1)
     decisions = []
     for row, h in zip(probs, entropy, strict=True):
-        p, ids = row.topk(top_k)
-        candidates = [(int(i), float(q)) for i, q in zip(ids, p, strict=True) if q >= min_prob]
+        p, ids = row.topk(top_k + 1)
+        likely = [(int(i), float(q)) for i, q in zip(ids, p, strict=True) if i != pause][:top_k]
+        candidates = [(token, q) for token, q in likely if q >= min_prob]
         decisions.append(candidates if h >= tau and len(candidates) >= 2 else None)
     return entropy, decisions
 
@@ -22,16 +23,20 @@ def literal(logits: torch.Tensor, tau: float, top_k: int, min_prob: float):
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 9),
-    vocab=st.integers(5, 700),
+    vocab=st.integers(6, 700),
     scale=st.sampled_from([0.1, 1.0, 5.0, 30.0]),
     tau=st.sampled_from([0.0, 0.5, 1.734, float("inf")]),
     min_prob=st.sampled_from([0.0, 0.05, 0.3]),
     seed=st.integers(0, 2**31),
 )
 def test_equals_the_literal_gate(rows, vocab, scale, tau, min_prob, seed):
+    """The token that pauses is never a candidate, here the most probable one of the first row."""
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
-    entropy, expected = literal(logits, tau, 5, min_prob)
-    decision = gate(logits, torch.full((rows,), tau), 5, torch.full((rows,), min_prob))
+    pause = int(logits[0].argmax())
+    entropy, expected = literal(logits, tau, 5, min_prob, pause)
+    decision = gate(
+        logits, torch.full((rows,), tau), 5, torch.full((rows,), min_prob), torch.full((rows,), pause, dtype=torch.long)
+    )
     torch.testing.assert_close(decision.entropy.double(), entropy, atol=2e-5, rtol=1e-5)
     opened = dict(zip(decision.gated.tolist(), range(rows), strict=False))
     for row, candidates in enumerate(expected):

@@ -1,8 +1,10 @@
 """How the package is laid out for its users: `kernels` exists as `agd_vllm.kernels` only."""
 
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 from conftest import CHECKOUT
@@ -29,3 +31,17 @@ def test_kernels_are_part_of_the_package_and_no_module_of_their_own(tmp_path, wh
         [sys.executable, "-c", PROGRAM], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_wheel_holds_every_module(tmp_path):
+    """The installation in the checkout is an editable one, which would hide a package that is left out."""
+    source = tmp_path / "source"
+    shutil.copytree(CHECKOUT / "agd_vllm", source / "agd_vllm", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(CHECKOUT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "."]
+    subprocess.run([*command, "--wheel-dir", str(tmp_path)], cwd=source, check=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        packed = {name for name in file.namelist() if name.endswith(".py")}
+    assert packed == {str(path.relative_to(source)) for path in (source / "agd_vllm").rglob("*.py")}

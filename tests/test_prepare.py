@@ -184,3 +184,20 @@ def test_the_demo_rows_are_usable(smollm2, request):
     assert 24 <= len(prepared) <= 28
     assert [row.id for row in prepared] == [f"demo-{number:02d}" for number in range(1, len(prepared) + 1)]
     assert all(row.roi and len(row.prompt_token_ids) <= 250 and row.max_tokens <= 96 for row in prepared)
+
+
+def test_a_token_beyond_the_models_vocabulary_is_refused():
+    largest = max(preparer().prepare(CHAT).prompt_token_ids)
+    assert preparer(vocab_size=largest + 1).prepare(CHAT)
+    kind, message = refusal(CHAT, vocab_size=largest)
+    assert kind == "special_tokens"
+    assert f"token {largest}" in message
+
+
+def test_a_prompt_that_can_only_be_too_long_is_refused_before_it_is_tokenized(monkeypatch):
+    longest = max(map(len, tiny("byte_level").get_vocab()))
+    huge = dataclasses.replace(PROMPT, prompt="a" * (100 * longest + 1))
+    ours = preparer(default_roi=None, max_model_len=100)
+    monkeypatch.setattr(ours._tokenizer, "encode", lambda rendered: pytest.fail("it was tokenized"))
+    with pytest.raises(RowRefused, match="characters"):
+        ours.prepare(huge)

@@ -178,6 +178,11 @@ def test_weights_that_cancel_everywhere_are_refused():
         prompt_region("Answer", Selector(text="Answer"), Selector(chars=(0, 6), weight=-1.0))
 
 
+def test_weights_that_add_up_beyond_float32_are_refused():
+    with pytest.raises(RowRefused, match="beyond float32"):
+        prompt_region("Answer", Selector(text="Answer", weight=3e38), Selector(chars=(0, 6), weight=3e38))
+
+
 CHAT_REFUSALS = [
     (Selector(role="assistant"), '"role": "assistant"}: no message has this role'),
     (Selector(message=2), '"message": 2}: the row has 2 messages, numbered from 0'),

@@ -21,11 +21,14 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_tokenizers import tiny
 
+from agd_vllm.pipeline.source import Source
+from agd_vllm.prepare import Preparer
 from agd_vllm.reader import read_rows
 from agd_vllm.records import DecodedRow, GuidedStep, InputRow, RowError, Span
-from agd_vllm.summary import OutputUnusable, count_outputs, open_run, read_summary, write_summary
-from agd_vllm.writer import OutputFailed, RunWriter
+from agd_vllm.summary import OutputUnusable, count_outputs, open_run, write_summary
+from agd_vllm.writer import LOCK, OutputFailed, RunWriter
 
 ENDINGS = (b"\n", b"\n\n", b" \r\n")
 
@@ -47,6 +50,25 @@ def run(inputs, directory, part_rows=5, after_row=lambda: None):
             elif row.id not in writer.completed_ids():
                 writer.add(decoded(row.id, row.metadata))
             after_row()
+
+
+def run_prepared(path, directory):
+    """As `run`, with everything between reader and engine: template, tokens, region, limits."""
+    preparer = Preparer(tiny("byte_level", "chatml"), default_roi=None, guided=True, max_tokens=8, max_model_len=512)
+    with RunWriter(directory, 15) as writer:
+        rows = read_rows([path])
+        source = Source((row for row in rows if isinstance(row, RowError) or not seen_by(writer, row)), preparer)
+        while not source.exhausted:
+            ready = source.take(8)
+            for error in source.refused():
+                writer.fail(error)
+            for row in ready:
+                assert row.prompt_token_ids and all(0 <= span.start < span.end for span in row.roi.spans)
+                writer.add(source.outcome(decoded(row.id)))
+
+
+def seen_by(writer, row):
+    return row.id in writer.completed_ids()
 
 
 def parts(directory, folder):
@@ -217,8 +239,8 @@ def test_fsspec_urls(tmp_path, place):
             for row in read_rows([part]):
                 writer.fail(row) if isinstance(row, RowError) else writer.add(decoded(row.id))
     write_summary(url, {"seconds": 1.5})
-    assert read_summary(url) == {"seconds": 1.5}
     fs, root = fsspec.url_to_fs(url)
+    assert json.loads(fs.cat(f"{root}/summary.json")) == {"seconds": 1.5}
     fs.get(f"{root}/", f"{tmp_path}/copy/", recursive=True)
     check_complete([source], tmp_path / "copy")
 
@@ -396,7 +418,6 @@ def test_directories_that_are_no_place_for_a_run(tmp_path):
 def test_the_summary_is_json_and_counts_the_whole_directory(tmp_path):
     source = mixed_input(tmp_path / "rows.jsonl", 30)
     out = str(tmp_path / "out")
-    assert read_summary(out) == {}
     run([source], out)
     rows = [decoded(row.id) for row in read_rows([source]) if isinstance(row, InputRow)]
     counts = count_outputs(out)
@@ -414,7 +435,12 @@ def test_the_summary_is_json_and_counts_the_whole_directory(tmp_path):
     orphan.write_bytes(parts(out, "steps")["part-00000.parquet"])
     assert count_outputs(out) == counts, "steps without results are of a run that died"
     write_summary(out, {**counts, "tau": float("inf"), "means": [float("nan"), 1.5], "seconds": 2.0})
-    assert read_summary(out) == {**counts, "tau": None, "means": [None, 1.5], "seconds": 2.0}
+    assert json.loads(Path(out, "summary.json").read_text()) == {
+        **counts,
+        "tau": None,
+        "means": [None, 1.5],
+        "seconds": 2.0,
+    }
     assert count_outputs(str(tmp_path / "nothing"))["rows"] == 0
 
 
@@ -470,7 +496,7 @@ def each_line_ends_in_exactly_one_place(base, lines):
     directory.mkdir()
     (directory / "rows.jsonl").write_bytes(b"\n".join(lines))
     source, out = str(directory / "rows.jsonl"), directory / "out"
-    run([source], str(out), part_rows=15)
+    run_prepared(source, str(out))
     lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
     filled = {number for number, line in enumerate(lines, start=1) if line.strip()}
     line_of = {row.id: row.line for row in read_rows([source]) if isinstance(row, InputRow)}
@@ -480,7 +506,9 @@ def each_line_ends_in_exactly_one_place(base, lines):
     for row in table(out, "results"):
         json.loads(row["metadata"])
     again = parts(out, "results")
-    run([source], str(out), part_rows=15)
+    assert {path.name for path in directory.iterdir()} == {"rows.jsonl", "out"}, "a row wrote somewhere else"
+    assert {path.name for path in out.iterdir()} <= {"results", "steps", "errors.jsonl", LOCK}
+    run_prepared(source, str(out))
     assert (parts(out, "results"), [error["line"] for error in errors(out)]) == (again, failed)
     seen.update(lines=len(filled), decoded=len(results), failed=len(failed))
 

@@ -62,10 +62,8 @@ class Decoder:
 
 
 def adapt(hf: HFModel) -> Decoder:
-    """Read the model's layers. Raises ValueError for an activation or a RoPE type that no rule here covers."""
+    """Read the layers of a model that `check_supported` has let pass."""
     name = getattr(hf.config, "hidden_activation", None) or hf.config.hidden_act
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation {name!r} has no attribution rule; known: {', '.join(ACTIVATIONS)}")
     layers, final_norm = _ADAPTERS[hf.architecture](hf.stack)
     per_type = hf.architecture.startswith("Gemma3")
     return Decoder(layers, final_norm, ACTIVATIONS[name], _rotary(hf.stack.rotary_emb, per_type=per_type))
@@ -156,10 +154,6 @@ def _gemma_norm(module: nn.Module) -> Norm:
 
 def _rotary(module: nn.Module, *, per_type: bool) -> Callable[[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """cos and sin by the model's own rotary module, so that every RoPE scaling is its own."""
-    types = set(module.rope_type.values()) if per_type else {module.rope_type}
-    # Their frequencies depend on the length of the sequence, so what is cached would change as it grows.
-    for rope_type in types & {"dynamic", "longrope"}:
-        raise ValueError(f"RoPE type {rope_type!r} cannot be cached: its frequencies change with the sequence's length")
 
     def tables(rope: str, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         like = torch.empty((), dtype=torch.float32, device=positions.device)

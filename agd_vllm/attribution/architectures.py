@@ -16,12 +16,19 @@ TEXT_MODEL = {
 
 SUPPORTED = tuple(TEXT_MODEL)
 
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+"""Activations of the gated MLP that have a tangent rule."""
+
+CHANGING_ROPE = ("dynamic", "longrope")
+"""RoPE types whose frequencies depend on the length of the sequence: what is cached would change as it grows."""
+
 
 def check_supported(config: Any) -> str:
     """The architecture of a Hugging Face config, if attribution can read such a model.
 
     Raises ValueError, in one line: an unsupported architecture (the message lists the supported ones), quantized
-    weights (the rules need them as matrices), soft-capped logits or bidirectional attention (no rule covers these).
+    weights (the rules need them as matrices), soft-capped logits, bidirectional attention or another activation (no
+    rule covers these), a RoPE type that cannot be cached.
     """
     names = getattr(config, "architectures", None) or []
     name = next((name for name in names if name in TEXT_MODEL), None)
@@ -39,4 +46,16 @@ def check_supported(config: Any) -> str:
     for key in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
         if getattr(text_config, key, None):
             raise ValueError(f"{name} with {key} is not supported: no attribution rule covers it")
+    activation = getattr(text_config, "hidden_activation", None) or text_config.hidden_act
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} has no attribution rule; known: {', '.join(ACTIVATIONS)}")
+    for rope_type in _rope_types(text_config) & set(CHANGING_ROPE):
+        raise ValueError(f"RoPE type {rope_type!r} cannot be cached: its frequencies change with the sequence's length")
     return name
+
+
+def _rope_types(text_config: Any) -> set[str]:
+    """By Transformers' `rope_parameters`, which may be one set for each type of layer."""
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    sets = [each for each in parameters.values() if isinstance(each, dict)] or [parameters]
+    return {each.get("rope_type", "default") for each in sets}

@@ -75,6 +75,7 @@ class ForwardScorer:
         if cache_bytes is None:
             cache_bytes = _default_cache_bytes(self.hf.device)
         self.cache = TangentCache(shape, cache_bytes)
+        self.cache_tokens = cache_bytes // shape.token_bytes(1)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float] | None]:
         """S(c, R) for each request's candidates, in their order; NaN is passed on as it is.
@@ -166,7 +167,8 @@ class ForwardScorer:
     def _run(self, jobs: Sequence[_Job]) -> list[list[list[float]]]:
         """Bring every job's sequence up to its last token and score: [regions][candidates] for each job."""
         pinned = [sequence for job in jobs for sequence in (job.sequence, job.donor) if sequence is not None]
-        for job in jobs:
+        # New sequences copy their prefixes before the others are cut back: a donor may be one of those.
+        for job in sorted(jobs, key=lambda job: job.sequence is not None):
             if job.sequence is None:
                 job.sequence = CachedSequence(self.cache.shape, job.rois)
                 self.cache.add(job.request.sequence, job.sequence)

@@ -36,6 +36,7 @@ class ReferenceScorer:
     """
 
     stateful = False
+    cache_tokens = None
 
     def __init__(
         self,

@@ -12,9 +12,14 @@ RULES = ("attnlrp", "cplrp", "ixg")
 
 
 class Scorer(Protocol):
-    """Scores candidates of guided steps. `stateful`: requests may carry only the tokens since the last step."""
+    """Scores candidates of guided steps.
+
+    `stateful`: requests may carry only the tokens since the last step. `cache_tokens`: how many tokens it then holds
+    between calls, over all sequences, with one region each (None where it is not stateful).
+    """
 
     stateful: bool
+    cache_tokens: int | None
 
     def score(self, requests: Sequence[ScoreRequest]) -> Sequence[list[float] | None]:
         """One list of S(c, R) per request, in the order of its candidates.

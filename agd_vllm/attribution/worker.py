@@ -24,6 +24,14 @@ class AttributionSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """`stateful` and `cache_tokens` of the worker's scorer."""
+
+    stateful: bool
+    cache_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class ScoredBatch:
     """Scores in the order of the requests (None asks for the whole sequence), and when and how long it took."""
 
@@ -54,9 +62,9 @@ class AttributionWorker:
             trust_remote_code=trust_remote_code,
         )
 
-    def stateful(self) -> bool:
-        """Answers once the model is loaded: whether the scorer keeps sequences between calls."""
-        return self._scorer.stateful
+    def info(self) -> WorkerInfo:
+        """Answers once the model is loaded."""
+        return WorkerInfo(self._scorer.stateful, self._scorer.cache_tokens)
 
     def score(self, requests: Sequence[ScoreRequest], released: Sequence[str]) -> ScoredBatch:
         """Scores a batch; `released` sequences have ended."""

@@ -1,8 +1,13 @@
-"""Admission by worst-case KV blocks: paused sessions are never preempted, so vLLM alone would deadlock."""
+"""Admission by worst-case KV blocks: paused sessions are never preempted, so vLLM alone would deadlock.
+
+The tangent cache of the attribution workers is the second budget: sequences visited in turn that do not all fit evict
+each other every time, and each step would compute its whole prefix anew.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import deque
 from contextlib import asynccontextmanager
 
@@ -13,7 +18,8 @@ class Admission:
     """Lets a row in only while every session in flight could grow to its end, in the order of arrival.
 
     A row reserves ceil((prompt + max_tokens) / block_size) blocks and one of `max_sessions` slots; vLLM keeps one
-    block for itself (the null block), so `num_blocks - 1` are to be had.
+    block for itself (the null block), so `num_blocks - 1` are to be had. A gated row reserves prompt + max_tokens of
+    the workers' cache, too; one that is larger than that cache goes in alone.
     """
 
     def __init__(self, num_blocks: int, block_size: int, max_sessions: int, max_model_len: int):
@@ -21,14 +27,21 @@ class Admission:
         self._free_slots = max_sessions
         self._block_size = block_size
         self._max_model_len = max_model_len
-        self._waiting: deque[tuple[int, asyncio.Future]] = deque()
+        self._free_tokens = self._all_tokens = sys.maxsize
+        self._waiting: deque[tuple[int, int, asyncio.Future]] = deque()
+
+    def limit_attribution(self, cache_tokens: int | None) -> None:
+        """To be said before the first gated row. None: no limit."""
+        self._free_tokens = self._all_tokens = sys.maxsize if cache_tokens is None else cache_tokens
+
+    def tokens(self, row: PreparedRow) -> int:
+        return min(len(row.prompt_token_ids) + row.max_tokens, self._max_model_len)
 
     def blocks(self, row: PreparedRow) -> int:
-        tokens = min(len(row.prompt_token_ids) + row.max_tokens, self._max_model_len)
-        return -(-tokens // self._block_size)
+        return -(-self.tokens(row) // self._block_size)
 
     @asynccontextmanager
-    async def reserve(self, row: PreparedRow):
+    async def reserve(self, row: PreparedRow, gated: bool):
         """Waits for room, holds it for the block's time. Raises RowRefused for a row larger than the whole cache."""
         need = self.blocks(row)
         if need > self._all_blocks:
@@ -37,8 +50,9 @@ class Admission:
                 f"prompt and max_tokens need {need} KV blocks of {self._block_size} tokens, the whole cache has "
                 f"{self._all_blocks}; lower max_tokens or raise the cache (--engine-arg kv_cache_memory_bytes=...)",
             )
+        tokens = min(self.tokens(row), self._all_tokens) if gated else 0
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.append((need, turn))
+        self._waiting.append((need, tokens, turn))
         self._admit()
         try:
             await turn
@@ -47,15 +61,20 @@ class Admission:
             # A turn given in the very moment its row was cancelled is handed back all the same.
             if not turn.cancelled():
                 self._free_blocks += need
+                self._free_tokens += tokens
                 self._free_slots += 1
             self._admit()
 
     def _admit(self) -> None:
         # First come, first served: a large row at the head waits for room, and nothing small overtakes it for ever.
-        while self._waiting and self._free_slots and self._waiting[0][0] <= self._free_blocks:
-            need, turn = self._waiting.popleft()
+        while self._waiting and self._free_slots:
+            need, tokens, turn = self._waiting[0]
+            if not turn.cancelled() and (need > self._free_blocks or tokens > self._free_tokens):
+                break
+            self._waiting.popleft()
             if turn.cancelled():
                 continue
             self._free_blocks -= need
+            self._free_tokens -= tokens
             self._free_slots -= 1
             turn.set_result(None)

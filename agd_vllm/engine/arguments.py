@@ -18,6 +18,11 @@ OWN = {
 FIXED = ("logits_processors", "disable_hybrid_kv_cache_manager", "async_scheduling", "scheduling_policy")
 
 
+def gpus_per_engine(given: dict[str, Any]) -> int:
+    """How many GPUs one engine spreads over."""
+    return int(given.get("tensor_parallel_size", 1)) * int(given.get("pipeline_parallel_size", 1))
+
+
 def check_engine_args(given: dict[str, Any]) -> None:
     """Raises ValueError for a name that vLLM does not know, or that agd-vllm sets itself."""
     if not given:

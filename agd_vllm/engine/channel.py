@@ -18,8 +18,10 @@ from agd_vllm.records import Gate
 
 # vLLM's processes inherit the actor's environment; a field of vLLM's config would change its compile-cache key.
 SOCKET_VARIABLE = "AGD_VLLM_GATE_SOCKET"
-REPORTS_PER_DATAGRAM = 64
 MAX_DATAGRAM = 1 << 16
+# Bytes at most: 14 for a candidate (id and probability), 32 for the rest of a report.
+CANDIDATE_BYTES, REPORT_BYTES = 14, 32
+MAX_TOP_K = 2000
 
 # Set where a run is traced: the processor then reports every engine step, too.
 TRACE_VARIABLE = "AGD_VLLM_TRACE"
@@ -49,8 +51,16 @@ class GateSender:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     def send(self, reports: list[Report], step: EngineStep | None = None) -> None:
-        for start in range(0, len(reports), REPORTS_PER_DATAGRAM):
-            self._send(Datagram(reports[start : start + REPORTS_PER_DATAGRAM]))
+        fitting, size = [], 0
+        for report in reports:
+            more = REPORT_BYTES + CANDIDATE_BYTES * len(report[3])
+            if size + more > MAX_DATAGRAM // 2:
+                self._send(Datagram(fitting))
+                fitting, size = [], 0
+            fitting.append(report)
+            size += more
+        if fitting:
+            self._send(Datagram(fitting))
         if step is not None:
             self._send(Datagram([], step))
 

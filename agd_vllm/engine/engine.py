@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +15,14 @@ import psutil
 from agd_vllm.engine.admission import Admission
 from agd_vllm.engine.channel import TRACE_VARIABLE, EngineStep, GateReceiver
 from agd_vllm.engine.occupancy import Occupancy
+from agd_vllm.engine.orphans import ACTOR_VARIABLE
 from agd_vllm.model import ModelInfo
 from agd_vllm.records import PreparedRow
 from agd_vllm.trace import Tracer
 
 CPU_MEMORY_SHARE = 1 / 8
+# With something to run, an engine that gives no token at all for so long hangs.
+SILENCE_S = 900.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +38,15 @@ class GateSettings:
 class EngineSettings:
     """What an engine is started with; `engine_args` go to vLLM's AsyncEngineArgs as they are and win.
 
-    `cores`: the CPU cores that vLLM's threads are bound to (CPU only; None leaves it to vLLM).
+    `cores`: the CPU cores that vLLM's threads are bound to (CPU only; None leaves it to vLLM). `deadline_s`: a session
+    that gives no token for so long, while others do, is opened anew; it must bear the prefill of many long prompts.
     """
 
     dtype: str = "auto"
     max_model_len: int | None = None
     seed: int = 0
     trust_remote_code: bool = False
-    deadline_s: float = 300.0
+    deadline_s: float = 1200.0
     cores: list[int] | None = None
     engine_args: dict[str, Any] = field(default_factory=dict)
 
@@ -98,13 +103,17 @@ class Engine:
             args["kv_cache_memory_bytes"] = int(psutil.virtual_memory().total * CPU_MEMORY_SHARE)
         return args | settings.engine_args
 
+    def limit_attribution(self, cache_tokens: int | None) -> None:
+        """Gated rows are admitted only while the attribution workers' caches could hold them all; None: no limit."""
+        self._admission.limit_attribution(cache_tokens)
+
     @asynccontextmanager
     async def session(self, row: PreparedRow, gated: bool, stops):
         """Waits for room, opens the row's session, closes it at the end. Raises RowRefused for too large a row."""
         from agd_vllm.engine.gate import GateParams
         from agd_vllm.engine.session import Session
 
-        async with self._admission.reserve(row):
+        async with self._admission.reserve(row, gated):
             key = next(self._keys)
             params = None
             if gated:
@@ -112,7 +121,8 @@ class Engine:
                 params = GateParams(
                     key, len(row.prompt_token_ids), self._model.pause_id, gate.tau, gate.top_k, gate.min_prob
                 )
-            session = Session(self._llm, self._receiver, row, stops, params, key, self._settings.deadline_s)
+            deadline_s, sign = self._settings.deadline_s, self.occupancy.sign_of_life
+            session = Session(self._llm, self._receiver, row, stops, params, key, deadline_s, sign)
             try:
                 with self.occupancy.session():
                     yield session
@@ -125,7 +135,15 @@ class Engine:
 
     @property
     def dead(self) -> bool:
-        return self._llm.errored
+        """vLLM's engine is gone, or as good as gone: silent with something to run."""
+        return self._llm.errored or self.occupancy.silent_seconds > SILENCE_S
+
+    async def dies(self, within_s: float) -> bool:
+        """Whether the engine is dead, or is found to be so soon: vLLM fails its requests before it says so."""
+        deadline = time.monotonic() + within_s
+        while not self.dead and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        return self.dead
 
     def shutdown(self) -> None:
         self._llm.shutdown()
@@ -143,5 +161,6 @@ def _set_environment(settings: EngineSettings) -> None:
     # The gate is a Model Runner V1 logits processor.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ[ACTOR_VARIABLE] = f"{os.getpid()}"
     if settings.cores is not None:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, settings.cores)))

@@ -15,6 +15,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from agd_vllm.engine.channel import SOCKET_VARIABLE, TRACE_VARIABLE, EngineStep, GateSender, Report
+from agd_vllm.engine.orphans import end_with_actor
 from agd_vllm.kernels.gate import GateDecision, gate
 
 EXTRA_ARG = "agd"
@@ -56,6 +57,7 @@ class GateProcessor(LogitsProcessor):
         # Every tensor-parallel rank computes the same decision; one reports it.
         self._sender = GateSender(os.environ[SOCKET_VARIABLE]) if get_tensor_model_parallel_rank() == 0 else None
         self._traced = TRACE_VARIABLE in os.environ
+        end_with_actor()
         self._begun = time.time()
 
     @classmethod
@@ -110,7 +112,8 @@ class GateProcessor(LogitsProcessor):
 
     def _gate(self, logits: torch.Tensor) -> list[Report]:
         everyone = len(self._indices) == logits.shape[0]
-        decision = gate(logits if everyone else logits[self._index], self._tau, self._top_k, self._min_prob)
+        rows = logits if everyone else logits[self._index]
+        decision = gate(rows, self._tau, self._top_k, self._min_prob, self._pause)
         logits[self._index, self._pause] = float("-inf")
         logits[self._index[decision.gated], self._pause[decision.gated]] = torch.finfo(logits.dtype).max
         return self._reports(decision)

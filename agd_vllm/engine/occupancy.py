@@ -1,4 +1,4 @@
-"""How long an engine had rows but nothing to run: every open session waited for its scores."""
+"""What an engine has to do: how long it had rows but nothing to run, and how long it has been silent with something."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ class Occupancy:
         self._open = self._paused = 0
         self._idle_since: float | None = None
         self._idle_seconds = 0.0
+        self._last_sign = time.perf_counter()
+
+    def sign_of_life(self) -> None:
+        """The engine has given a token."""
+        self._last_sign = time.perf_counter()
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since the last token, or since a session was opened or went on; 0 while none of them could give one."""
+        return time.perf_counter() - self._last_sign if self._open > self._paused else 0.0
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -42,6 +52,7 @@ class Occupancy:
         return self._idle_seconds + running
 
     def _change(self, opened: int = 0, paused: int = 0) -> None:
+        self.sign_of_life()
         self._open += opened
         self._paused += paused
         idle = self._open > 0 and self._open == self._paused

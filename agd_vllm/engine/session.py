@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from vllm import SamplingParams
 from vllm.engine.protocol import StreamingInput
@@ -36,6 +36,7 @@ class Session:
         gate: GateParams | None,
         key: int,
         deadline_s: float,
+        sign_of_life: Callable[[], None],
     ):
         self._row = row
         self._stops = stops
@@ -43,6 +44,7 @@ class Session:
         self._key = key
         self._receiver = receiver
         self._deadline_s = deadline_s
+        self._sign_of_life = sign_of_life
         self._chunks: asyncio.Queue[StreamingInput | None] = asyncio.Queue()
         # A new list, because vLLM extends it in place; with the output so far, where an earlier session stalled.
         self._chunks.put_nowait(self._chunk(row.prompt_token_ids + stops.token_ids))
@@ -80,6 +82,7 @@ class Session:
                 raise SessionStalled(f"vLLM gave no token for {self._deadline_s:g} s") from error
             except StopAsyncIteration as error:
                 raise SessionFailed("vLLM closed the session") from error
+            self._sign_of_life()
             if self.num_cached_tokens is None:
                 self.num_cached_tokens = output.num_cached_tokens
             completion = output.outputs[0]

@@ -59,7 +59,8 @@ class StopCheck:
         return self._text.find(stop, max(0, len(self._text) - new - len(stop) + 1)) if new else -1
 
     def text(self) -> str:
-        """The output without special tokens and without the stop string."""
+        """The output without special tokens and without what ended it, a stop string or a stop token."""
         if self.stop_string is not None:
             return self._text
-        return self._tokenizer.decode(self.token_ids, skip_special_tokens=True)
+        ended = self.token_ids and self.token_ids[-1] in self._stop_ids
+        return self._tokenizer.decode(self.token_ids[:-1] if ended else self.token_ids, skip_special_tokens=True)

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import ray
-
+from agd_vllm.attribution.scorer import RULES, SCORERS
 from agd_vllm.attribution.worker import AttributionSettings
-from agd_vllm.engine.arguments import check_engine_args
+from agd_vllm.engine.arguments import check_engine_args, gpus_per_engine
+from agd_vllm.engine.channel import MAX_TOP_K
 from agd_vllm.engine.engine import EngineSettings, GateSettings
 from agd_vllm.faults import FaultLog
 from agd_vllm.heads import read_head_set
 from agd_vllm.model import inspect_model
 from agd_vllm.pipeline import placement
-from agd_vllm.pipeline.fleet import Fleet, kill, last_line
+from agd_vllm.pipeline.fleet import Fleet, kill, loaded
 from agd_vllm.pipeline.source import Source
 from agd_vllm.prepare import Preparer
 from agd_vllm.reader import check_rows
@@ -26,6 +26,7 @@ from agd_vllm.schema import parse_selector_option
 from agd_vllm.trace import TraceFile
 
 STRATEGIES = ("agd", "greedy")
+DTYPES = ("float32", "bfloat16")
 
 log = logging.getLogger("agd_vllm")
 
@@ -34,7 +35,7 @@ log = logging.getLogger("agd_vllm")
 class DecoderOptions:
     """All that a run can be asked for; the names are the command line's. Raises ValueError with one line each."""
 
-    model: str
+    model: str | None = None
     strategy: str = "agd"
     tau: float = 1.734
     top_k: int = 5
@@ -58,10 +59,19 @@ class DecoderOptions:
     debug: bool = False
 
     def __post_init__(self) -> None:
+        dtypes = ("auto", *DTYPES)
         checks = (
+            (isinstance(self.model, str) and self.model != "", "model is missing; name a folder or a Hugging Face id"),
+            (self.scorer in SCORERS, f"scorer {self.scorer!r}: choose one of {', '.join(SCORERS)}"),
+            (self.rule in RULES, f"rule {self.rule!r}: choose one of {', '.join(RULES)}"),
+            (self.dtype in dtypes, f"dtype {self.dtype!r}: choose one of {', '.join(dtypes)}"),
+            (
+                self.attribution_dtype in (None, *dtypes),
+                f"attribution_dtype {self.attribution_dtype!r}: choose one of {', '.join(dtypes)}",
+            ),
             (self.strategy in STRATEGIES, f"strategy {self.strategy!r}: choose one of {', '.join(STRATEGIES)}"),
             (self.tau >= 0, f"tau {self.tau}: must be 0 or more (nats)"),
-            (self.top_k >= 2, f"top_k {self.top_k}: a choice needs at least 2 candidates"),
+            (2 <= self.top_k <= MAX_TOP_K, f"top_k {self.top_k}: a choice is among 2 to {MAX_TOP_K} candidates"),
             (0 <= self.min_prob <= 1, f"min_prob {self.min_prob}: must lie between 0 and 1"),
             (self.engines >= 1, f"engines {self.engines}: at least 1"),
             (self.attribution_workers >= 1, f"attribution_workers {self.attribution_workers}: at least 1"),
@@ -110,14 +120,15 @@ class Decoder:
         longest = self.model.max_model_len
         if options.max_model_len is not None and options.max_model_len > longest:
             raise ValueError(f"max_model_len {options.max_model_len}: the model takes at most {longest}")
-        self._roi_heads = ()
+        self.roi_heads: tuple[tuple[int, int], ...] = ()
         if options.roi_heads:
-            self._roi_heads = read_head_set(options.roi_heads, self.model.num_layers, self.model.num_heads)
-        self._fault_log = FaultLog(options.log_json)
-        self._trace = TraceFile(options.trace) if options.trace else None
+            self.roi_heads = read_head_set(options.roi_heads, self.model.num_layers, self.model.num_heads)
+        self._fault_log = FaultLog()
+        self._trace: TraceFile | None = None
         self.preparer()  # refuses chat template kwargs that cannot be set
         self._cluster: placement.Cluster | None = None
         self._workers: list[Any] = []
+        self._scoring: tuple[bool, int | None] | None = None
         self._fleet: Fleet | None = None
         self.load_seconds = 0.0
 
@@ -127,12 +138,13 @@ class Decoder:
         return Preparer(
             self.tokenizer,
             default_roi=self._default_roi,
-            roi_heads=self._roi_heads,
+            roi_heads=self.roi_heads,
             guided=options.guided,
             max_tokens=options.max_tokens,
             max_model_len=max_model_len or options.max_model_len or self.model.max_model_len,
             chat_template_kwargs=options.chat_template_kwargs,
             pause_token_id=self.model.pause_id,
+            vocab_size=self.model.vocab_size,
         )
 
     def start(self) -> None:
@@ -141,8 +153,12 @@ class Decoder:
             return
         begun = time.perf_counter()
         options = self.options
+        # Only now, so that a run that is refused before it starts leaves files of an earlier one alone.
+        self._fault_log = FaultLog(options.log_json)
+        self._trace = TraceFile(options.trace) if options.trace else None
         workers = options.attribution_workers if options.guided else 0
-        self._cluster = placement.connect(options.engines + workers, options.debug)
+        demand = placement.Demand(options.engines, workers, gpus_per_engine(options.engine_args))
+        self._cluster = placement.connect(demand, options.debug)
         try:
             self._start_actors(workers)
         except BaseException:
@@ -178,12 +194,19 @@ class Decoder:
         self._info = self._fleet.start()
 
     def _attach(self, replica: Any) -> None:
+        """Tells an engine who scores. Workers are asked when the first one starts: later they are busy, or restart."""
         if self._workers:
-            try:
-                stateful = ray.get(self._workers[0].stateful.remote())
-            except ray.exceptions.RayError as error:
-                raise RuntimeError(f"an attribution worker could not start: {last_line(error)}") from error
-            replica.attach.remote(self._workers, stateful)
+            if self._scoring is None:
+                self._scoring = self._ask_workers()
+            replica.attach.remote(self._workers, *self._scoring)
+
+    def _ask_workers(self) -> tuple[bool, int | None]:
+        """Waits until all have loaded the model; whether they are stateful, and one engine's share of their caches."""
+        infos = loaded([worker.info.remote() for worker in self._workers], "an attribution worker")
+        tokens = None
+        if infos[0].cache_tokens is not None:
+            tokens = sum(info.cache_tokens for info in infos) // self.options.engines
+        return infos[0].stateful, tokens
 
     def decode(
         self, rows: Iterable[dict[str, Any]], on_error: Callable[[RowError], None] | None = None
@@ -225,11 +248,16 @@ class Decoder:
 
     def close(self) -> None:
         """Stops the actors, and Ray if this decoder started it. Safe to call twice."""
-        if self._fleet:
-            self._fleet.close()
+        try:
+            if self._fleet:
+                self._fleet.close()
+        finally:
+            self._close_rest()
+
+    def _close_rest(self) -> None:
         for worker in self._workers:
             kill(worker)
-        self._workers = []
+        self._workers, self._scoring = [], None
         if self._cluster is not None:
             placement.disconnect(self._cluster)
             self._cluster = None

@@ -4,42 +4,53 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from agd_vllm.attribution.pool import WorkerLost
-from agd_vllm.faults import FaultLog
-from agd_vllm.pipeline.replica import EngineLost, ReplicaInfo, RowFailed
+from agd_vllm.faults import FaultLog, last_line
+from agd_vllm.pipeline.replica import EngineLost, Progress, ReplicaInfo, RowFailed
 from agd_vllm.pipeline.source import Source
+from agd_vllm.pipeline.suspects import Suspects
 from agd_vllm.records import DecodedRow, PreparedRow, RowError
 from agd_vllm.trace import TraceFile
 
 # An engine answers `collect` after this many seconds at the latest; one that says nothing for the other is dead.
 COLLECT_WAIT_S, SILENCE_S = 0.5, 120.0
+# Loading a model: an actor that takes longer hangs. Stopping: all engines together, before they are killed.
+START_S, STOP_S = 1800.0, 30.0
+# The driver waits for answers this long at a time; its caller has something else to do, too.
+TURN_S = 1.0
 # Rows handed to an engine beyond its sessions, so that a slot never waits for the driver.
 ROWS_AHEAD = 32
+# Rows handed to an engine at a time: the first ones decode while the next are read and prepared.
+ROWS_PER_TURN = 8
 MAX_RESTARTS_IN_A_ROW = 5
-# A row that was alone in an engine when it died, this many times, killed it.
-POISON_DEATHS = 2
+# So many poison rows with none decoded in between: it is not the rows.
+MAX_POISON_IN_A_ROW = 10
+KEPT = "what was decoded is kept, and the same command goes on from there"
 
 log = logging.getLogger("agd_vllm")
 
 
 @dataclass(slots=True, eq=False)
 class _Engine:
+    """`call` is the one call that an answer is due to, made at `called`: `start` at first, `collect` later on."""
+
     index: int
     actor: Any
-    rows: dict[str, PreparedRow] = field(default_factory=dict)
-    # In flight when the engine died: decoded again one at a time, so that the one that kills it is found.
-    suspects: deque[PreparedRow] = field(default_factory=deque)
-    call: Any = None
-    called: float = 0.0
+    call: Any
+    called: float
     started: bool = False
+    rows: dict[str, PreparedRow] = field(default_factory=dict)
+    # Its rows are suspects, to which no others are added.
+    alone: bool = False
+    # Calls of a decode() that was left: until they have ended they may take rows out of the engine.
+    left: list[Any] = field(default_factory=list)
     waiting: int = 0
     idle_seconds: float = 0.0
 
@@ -47,7 +58,8 @@ class _Engine:
 class Fleet:
     """Starts `count` engines by `make` (index to an actor of Replica) and tells each by `attach` who scores for it.
 
-    Raises RuntimeError where one cannot start, or dies MAX_RESTARTS_IN_A_ROW times with no row decoded in between.
+    Raises RuntimeError where one cannot start, or where engines die MAX_RESTARTS_IN_A_ROW times with nothing gained in
+    between: no row decoded, no poison row found, no rows cleared of suspicion.
     """
 
     def __init__(
@@ -60,51 +72,59 @@ class Fleet:
     ):
         self._make = make
         self._attach = attach
-        self._engines = [_Engine(index, make(index)) for index in range(count)]
+        self._engines = [self._launch(index) for index in range(count)]
+        self._suspects = Suspects()
+        self._decoding = False
         self._restarts_in_a_row = 0
+        self._poison_in_a_row = 0
         self._idle_before = 0.0
-        self._alone_deaths: Counter[str] = Counter()
         self._faults = faults
         self._trace = trace
 
+    def _launch(self, index: int) -> _Engine:
+        actor = self._make(index)
+        return _Engine(index, actor, actor.start.remote(), time.monotonic())
+
     def start(self) -> ReplicaInfo:
         """Waits until all engines have loaded the model."""
-        try:
-            infos = ray.get([engine.actor.start.remote() for engine in self._engines])
-        except Exception as error:
-            raise RuntimeError(f"an engine could not start: {last_line(error)} (--debug shows vLLM's log)") from error
+        infos = loaded([engine.call for engine in self._engines], "an engine")
         for engine in self._engines:
-            self._attach(engine.actor)
-            engine.started = True
+            self._begin(engine)
+            engine.call = None
         self._window = infos[0].max_sessions + ROWS_AHEAD
         return infos[0]
 
+    def _begin(self, engine: _Engine) -> None:
+        self._attach(engine.actor)
+        engine.started = True
+
     def decode(self, source: Source) -> Iterator[DecodedRow | RowError | None]:
-        """Every row of `source` exactly once, in completion order; None now and then while nothing ends."""
-        while True:
-            for engine in sorted(self._engines, key=lambda engine: len(engine.rows)):
-                self._fill(engine, source)
-            yield from source.refused()
-            calls = {engine.call: engine for engine in self._engines if engine.call is not None}
-            if not calls:
-                if source.exhausted:
-                    return
-                continue
-            done, _ = ray.wait(list(calls), num_returns=1, timeout=SILENCE_S)
-            for call in done:
-                yield from self._answer(calls[call], source)
-            for engine in self._engines:
-                if engine.started and engine.call is not None and time.monotonic() - engine.called > SILENCE_S:
-                    yield from self._replace(engine, source, TimeoutError(f"no answer for {SILENCE_S:g} s"))
-            yield None
+        """Every row of `source` exactly once, in completion order; None now and then while nothing ends.
+
+        May be left early: the rows in flight are dropped, and the next decode() starts clean.
+        """
+        if self._decoding:
+            raise RuntimeError("a decode() is going on; read it to its end or close it before the next")
+        self._decoding = True
+        try:
+            yield from self._settle(source)
+            while not source.exhausted or self._suspects or any(engine.rows for engine in self._engines):
+                if not self._engines:
+                    raise RuntimeError("closed while a decode() was going on")
+                for engine in sorted(self._engines, key=lambda engine: len(engine.rows)):
+                    self._fill(engine, source)
+                yield from source.refused()
+                yield from self._collect(source)
+                yield from self._replace_silent(source)
+                yield None
+        finally:
+            self._decoding = False
+            self._forget()
 
     def _fill(self, engine: _Engine, source: Source) -> None:
         if not engine.started:
             return
-        if engine.suspects:
-            rows = [] if engine.rows else [engine.suspects.popleft()]
-        else:
-            rows = source.take(self._window - len(engine.rows))
+        rows = self._next_rows(engine, source)
         if rows:
             engine.actor.submit.remote(rows)
             engine.rows |= {row.id: row for row in rows}
@@ -112,63 +132,118 @@ class Fleet:
             engine.call = engine.actor.collect.remote(COLLECT_WAIT_S)
             engine.called = time.monotonic()
 
+    def _next_rows(self, engine: _Engine, source: Source) -> list[PreparedRow]:
+        if not engine.rows:
+            engine.alone = bool(self._suspects)
+            if engine.alone:
+                return self._suspects.take()
+        return source.take(min(ROWS_PER_TURN, self._room(engine)))
+
+    def _room(self, engine: _Engine) -> int:
+        return self._window - len(engine.rows) if engine.started and not engine.alone else 0
+
+    def _collect(self, source: Source) -> Iterator[DecodedRow | RowError]:
+        """What the engines have answered; waits for the first answer unless there are rows to hand out meanwhile."""
+        calls = {engine.call: engine for engine in self._engines if engine.call is not None}
+        if not calls:
+            return
+        to_fill = not source.exhausted and any(self._room(engine) > 0 for engine in self._engines)
+        ready, _ = ray.wait(list(calls), num_returns=1, timeout=0 if to_fill else TURN_S)
+        if ready:
+            ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
+        for call in ready:
+            yield from self._answer(calls[call], source)
+
     def _answer(self, engine: _Engine, source: Source) -> Iterator[DecodedRow | RowError]:
         call, engine.call = engine.call, None
         try:
             answer = ray.get(call)
         except WorkerLost as lost:
-            raise RuntimeError(f"{last_line(lost)}; what was decoded is kept, the same command goes on there") from lost
+            raise RuntimeError(f"{last_line(lost)}; {KEPT}") from lost
         except Exception as error:
-            # While an engine starts, vLLM may fail in any way; later on anything but its death is our own mistake.
-            if engine.started and not isinstance(error, RayActorError | EngineLost):
+            if not _is_death(engine, error):
                 raise
             yield from self._replace(engine, source, error)
             return
         if not engine.started:
-            self._attach(engine.actor)
-            engine.started = True
+            self._begin(engine)
             return
         ended, progress = answer
+        self._heed(engine, progress)
+        for row in ended:
+            self._restarts_in_a_row = self._poison_in_a_row = 0
+            del engine.rows[row.id]
+            yield source.outcome(row)
+
+    def _heed(self, engine: _Engine, progress: Progress) -> None:
         engine.waiting = progress.waiting_for_attribution
         engine.idle_seconds = progress.idle_seconds
         if self._trace is not None:
             self._trace.write(f"engine {engine.index}", progress.spans)
         self._faults.absorb(progress.faults)
-        if ended:
-            self._restarts_in_a_row = 0
-        for row in ended:
-            del engine.rows[row.id]
-            self._alone_deaths.pop(row.id, None)
-            yield source.outcome(row)
+
+    def _replace_silent(self, source: Source) -> Iterator[RowError]:
+        for engine in self._engines:
+            limit = SILENCE_S if engine.started else START_S
+            if engine.call is None or time.monotonic() - engine.called <= limit:
+                continue
+            # The time may have passed here, with a slow caller. An answer from afar takes a moment to be fetched.
+            answered, _ = ray.wait([engine.call], num_returns=1, timeout=TURN_S)
+            if not answered:
+                yield from self._replace(engine, source, TimeoutError(f"no answer for {limit:g} s"))
 
     def _replace(self, engine: _Engine, source: Source, error: Exception) -> Iterator[RowError]:
-        """A new engine in the place of a dead one. Its rows are decoded again, from the start and one at a time."""
-        reason = last_line(error)
-        self._faults.record("engine_restarts", reason=reason, rows=len(engine.rows))
-        self._restarts_in_a_row += 1
-        log.warning("an engine died with %d rows in flight and is replaced: %s", len(engine.rows), reason)
-        if self._restarts_in_a_row > MAX_RESTARTS_IN_A_ROW:
-            raise RuntimeError(
-                f"the engine died {self._restarts_in_a_row} times in a row, the last time: {reason}; what was decoded "
-                "is kept, and the same command goes on from there"
-            )
+        """A new engine in the place of a dead one. The rows that it held are suspects."""
+        reason, rows = last_line(error), list(engine.rows.values())
+        self._faults.record("engine_restarts", reason=reason, rows=len(rows))
+        log.warning("an engine died with %d rows in flight and is replaced: %s", len(rows), reason)
         kill(engine.actor)
-        engine.waiting = 0
         self._idle_before += engine.idle_seconds
-        engine.idle_seconds = 0.0
-        rows, engine.rows = list(engine.rows.values()), {}
-        if len(rows) == 1 and self._is_poison(rows[0]):
-            yield source.outcome(
-                RowFailed(rows[0].id, "poison", f"the engine died whenever it decoded this row: {reason}")
-            )
-        else:
-            engine.suspects.extendleft(reversed(rows))
-        engine.actor, engine.started = self._make(engine.index), False
-        engine.call = engine.actor.start.remote()
+        self._engines[engine.index] = self._launch(engine.index)
+        poison = self._suspects.add(rows)
+        # Suspects that were halved are a gain, too: that comes to an end.
+        self._restarts_in_a_row = 0 if poison or len(rows) > 1 else self._restarts_in_a_row + 1
+        if poison:
+            self._poison_in_a_row += 1
+            message = f"the engine died whenever it decoded this row: {reason}"
+            yield source.outcome(RowFailed(poison.id, "poison", message))
+        self._check_hope(reason)
 
-    def _is_poison(self, row: PreparedRow) -> bool:
-        self._alone_deaths[row.id] += 1
-        return self._alone_deaths[row.id] >= POISON_DEATHS
+    def _check_hope(self, reason: str) -> None:
+        if self._restarts_in_a_row > MAX_RESTARTS_IN_A_ROW:
+            what = f"the engine died {self._restarts_in_a_row} times in a row"
+        elif self._poison_in_a_row >= MAX_POISON_IN_A_ROW:
+            what = f"the engine died in each of {self._poison_in_a_row} rows in a row"
+        else:
+            return
+        raise RuntimeError(f"{what}, the last time: {reason}; {KEPT}")
+
+    def _forget(self) -> None:
+        """Nothing of this decode() is left for the next: engines cancel what they hold, answers due are not heeded."""
+        self._suspects.clear()
+        self._restarts_in_a_row = self._poison_in_a_row = 0
+        for engine in self._engines:
+            if engine.rows:
+                engine.left = [] if engine.call is None else [engine.call]
+                engine.call, engine.rows, engine.waiting = None, {}, 0
+                try:
+                    engine.left.append(engine.actor.cancel.remote())
+                except Exception as error:
+                    log.debug("could not cancel an engine's rows: %s", error)
+                    kill(engine.actor)
+
+    def _settle(self, source: Source) -> Iterator[RowError]:
+        """Waits until engines are done with a decode() that was left; one that is not done in time is replaced."""
+        deadline = time.monotonic() + SILENCE_S
+        for engine in self._engines:
+            if not engine.left:
+                continue
+            try:
+                ray.get(engine.left, timeout=max(0.0, deadline - time.monotonic()))
+            except Exception as error:
+                yield from self._replace(engine, source, error)
+            else:
+                engine.left = []
 
     @property
     def waiting_for_attribution(self) -> int:
@@ -181,13 +256,38 @@ class Fleet:
         return self._idle_before + sum(engine.idle_seconds for engine in self._engines)
 
     def close(self) -> None:
-        for engine in self._engines:
-            try:
-                ray.get(engine.actor.stop.remote(), timeout=30)
-            except Exception as error:
-                log.debug("an engine did not stop by itself: %s", error)
-            kill(engine.actor)
-        self._engines = []
+        """Asks engines to stop and kills them, at once where this is interrupted."""
+        try:
+            # An actor that loads a model hears nothing.
+            stops = [engine.actor.stop.remote() for engine in self._engines if engine.started]
+            if stops:
+                _, late = ray.wait(stops, num_returns=len(stops), timeout=STOP_S)
+                if late:
+                    log.debug("%d engines did not stop by themselves", len(late))
+        except Exception as error:
+            log.debug("engines did not stop by themselves: %s", error)
+        finally:
+            engines, self._engines = self._engines, []
+            for engine in engines:
+                kill(engine.actor)
+
+
+def _is_death(engine: _Engine, error: Exception) -> bool:
+    """While an engine starts, vLLM may fail in any way; later on an error of its methods is our own mistake."""
+    if not engine.started or isinstance(error, EngineLost):
+        return True
+    # All else that Ray reports is about the actor or its machine: dead, unreachable, out of memory.
+    return isinstance(error, RayError) and not isinstance(error, RayTaskError)
+
+
+def loaded(calls: list[Any], what: str) -> list[Any]:
+    """The answers of actors that load a model. Raises RuntimeError with one line where one fails or hangs."""
+    try:
+        return ray.get(calls, timeout=START_S)
+    except GetTimeoutError as error:
+        raise RuntimeError(f"{what} did not start within {START_S:g} s (--debug shows its log)") from error
+    except Exception as error:
+        raise RuntimeError(f"{what} could not start: {last_line(error)} (--debug shows its log)") from error
 
 
 def kill(actor: Any) -> None:
@@ -196,9 +296,3 @@ def kill(actor: Any) -> None:
         ray.kill(actor)
     except Exception as error:
         log.debug("could not kill an actor: %s", error)
-
-
-def last_line(error: Exception) -> str:
-    """The last words of an error, which may hold a remote traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+import signal
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -19,21 +22,39 @@ from agd_vllm.pipeline.replica import Replica
 WORKER_RESTARTS = -1
 # Rows of one engine, many of them waiting for admission: their coroutines are light.
 REPLICA_CONCURRENCY = 64
+# Of its share of a GPU's memory, what an engine takes unless told otherwise (vLLM's own default on a whole one).
+SHARED_GPU_MEMORY = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Actors of a run."""
+
+    engines: int
+    workers: int
+    gpus_per_engine: int
+
+    @property
+    def actors(self) -> int:
+        return self.engines + self.workers
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What the run was placed on; `started` if this process started Ray and has to stop it."""
+    """What the run was placed on; `started` if this process started Ray and has to stop it.
+
+    `engine_gpus` and `worker_gpus`: GPUs of each actor, a fraction where they share, 0 where there are none.
+    """
 
     started: bool
-    gpus: int
-    cpus: int
+    engine_gpus: float
+    worker_gpus: float
 
 
-def connect(actors: int, debug: bool) -> Cluster:
+def connect(demand: Demand, debug: bool) -> Cluster:
     """Joins the cluster that RAY_ADDRESS or a running Ray job names, else starts a local one.
 
-    Raises RuntimeError where a cluster that was joined has too few CPUs for `actors`.
+    Raises RuntimeError where the cluster has too few CPUs or GPUs.
     """
     if ray.is_initialized():
         started = False
@@ -44,16 +65,46 @@ def connect(actors: int, debug: bool) -> Cluster:
         started = address == "local"
         if started:
             # A CPU more than there are cores only lets more actors share them; threads are split elsewhere.
-            options |= {"num_cpus": max(os.cpu_count() or 1, actors), "include_dashboard": False}
-        ray.init(address=address, **options)
+            options |= {"num_cpus": max(os.cpu_count() or 1, demand.actors), "include_dashboard": False}
+        with _signal_handlers_kept():
+            ray.init(address=address, **options)
     resources = ray.cluster_resources()
-    cluster = Cluster(started, int(resources.get("GPU", 0)), int(resources.get("CPU", 0)))
-    if cluster.cpus < actors:
+    cpus = int(resources.get("CPU", 0))
+    if cpus < demand.actors:
         raise RuntimeError(
-            f"the Ray cluster has {cluster.cpus} CPUs, {actors} actors need one each; "
+            f"the Ray cluster has {cpus} CPUs, {demand.actors} actors need one each; "
             "lower --engines or --attribution-workers, or add nodes"
         )
-    return cluster
+    return Cluster(started, *gpu_shares(int(resources.get("GPU", 0)), demand))
+
+
+@contextmanager
+def _signal_handlers_kept():
+    """Ray puts a handler of its own in the place of ours for SIGTERM."""
+    mine = signal.getsignal(signal.SIGTERM)
+    yield
+    if mine != signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, mine)
+
+
+def gpu_shares(gpus: int, demand: Demand) -> tuple[float, float]:
+    """GPUs of each engine and each worker: whole ones while they last, else equal shares.
+
+    Raises RuntimeError where engines that spread over several GPUs leave none for the workers.
+    """
+    if not gpus:
+        return 0, 0
+    whole = demand.engines * demand.gpus_per_engine + demand.workers
+    if whole <= gpus:
+        return demand.gpus_per_engine, 1
+    if demand.gpus_per_engine > 1:
+        raise RuntimeError(
+            f"the Ray cluster has {gpus} GPUs, {demand.engines} engines of {demand.gpus_per_engine} GPUs and "
+            f"{demand.workers} attribution workers need {whole}; lower tensor_parallel_size, --engines or "
+            "--attribution-workers, or add GPUs"
+        )
+    share = 1 / -(-demand.actors // gpus)
+    return share, share
 
 
 def disconnect(cluster: Cluster) -> None:
@@ -63,7 +114,7 @@ def disconnect(cluster: Cluster) -> None:
 
 def cores(cluster: Cluster, engines: int, workers: int) -> tuple[list[list[int] | None], list[list[int] | None]]:
     """Cores of each engine and worker; None where a GPU does the work, or where others share the cluster's machines."""
-    if cluster.gpus or not cluster.started:
+    if cluster.engine_gpus or not cluster.started:
         return [None] * engines, [None] * workers
     return split_cores(engines, workers)
 
@@ -71,18 +122,20 @@ def cores(cluster: Cluster, engines: int, workers: int) -> tuple[list[list[int] 
 def make_replica(
     cluster: Cluster, model: ModelInfo, engine: EngineSettings, gate: GateSettings, traced: bool, debug: bool
 ) -> Any:
-    """An engine actor, not started yet; a GPU of its own (tensor_parallel_size many) where the cluster has GPUs."""
-    gpus = int(engine.engine_args.get("tensor_parallel_size", 1)) if cluster.gpus else 0
+    """An engine actor, not started yet, on its share of the GPUs."""
+    if 0 < cluster.engine_gpus < 1:
+        memory = {"gpu_memory_utilization": SHARED_GPU_MEMORY * cluster.engine_gpus}
+        engine = replace(engine, engine_args=memory | engine.engine_args)
     actor = ray.remote(Replica).options(
-        num_cpus=1, num_gpus=gpus, max_concurrency=REPLICA_CONCURRENCY, runtime_env=_runtime_env(debug)
+        num_cpus=1, num_gpus=cluster.engine_gpus, max_concurrency=REPLICA_CONCURRENCY, runtime_env=_runtime_env(debug)
     )
     return actor.remote(model, engine, gate, traced, debug)
 
 
 def make_worker(cluster: Cluster, model: ModelInfo, settings: AttributionSettings, debug: bool) -> Any:
-    """An attribution actor; it loads its model while it is made, `stateful` answers when it has."""
+    """An attribution actor; it loads its model while it is made, `info` answers when it has."""
     actor = ray.remote(AttributionWorker).options(
-        num_cpus=1, num_gpus=1 if cluster.gpus else 0, max_restarts=WORKER_RESTARTS, runtime_env=_runtime_env(debug)
+        num_cpus=1, num_gpus=cluster.worker_gpus, max_restarts=WORKER_RESTARTS, runtime_env=_runtime_env(debug)
     )
     return actor.remote(model.path, model.revision, model.trust_remote_code, settings)
 

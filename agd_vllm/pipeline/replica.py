@@ -12,13 +12,14 @@ from agd_vllm.attribution.pool import AttributionPool, WorkerLost
 from agd_vllm.chat import load_tokenizer
 from agd_vllm.engine.engine import Engine, EngineSettings, GateSettings
 from agd_vllm.engine.events import SessionFailed
-from agd_vllm.faults import Fault, FaultLog
+from agd_vllm.faults import Fault, FaultLog, last_line
 from agd_vllm.model import ModelInfo
 from agd_vllm.pipeline.row_loop import decode_row
 from agd_vllm.records import DecodedRow, PreparedRow, RowRefused
 from agd_vllm.trace import Span, Tracer
 
 POOL_DEADLINE_S = 600.0
+ENGINE_DEATH_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Replica:
         self._tracer = Tracer(traced)
         self._engine = Engine(model, engine, gate, self._tracer)
         self._pool: AttributionPool | None = None
-        self._ended: asyncio.Queue[DecodedRow | RowFailed | None] = asyncio.Queue()
+        self._ended: asyncio.Queue[DecodedRow | RowFailed] = asyncio.Queue()
         self._tasks: set[asyncio.Task] = set()
         self._faults = FaultLog()
         self._fatal: WorkerLost | None = None
@@ -75,8 +76,12 @@ class Replica:
         self._engine.start()
         return ReplicaInfo(self._engine.max_model_len, self._engine.max_sessions, time.perf_counter() - begun)
 
-    async def attach(self, workers: list[Any], stateful: bool) -> None:
-        """Names the attribution workers. Without this call rows are decoded greedily."""
+    async def attach(self, workers: list[Any], stateful: bool, cache_tokens: int | None) -> None:
+        """Names the attribution workers. Without this call rows are decoded greedily.
+
+        `cache_tokens`: what the workers hold for this engine's rows; more rows side by side would evict each other.
+        """
+        self._engine.limit_attribution(cache_tokens)
         self._pool = AttributionPool(workers, stateful, POOL_DEADLINE_S, self._faults, self._tracer)
 
     async def submit(self, rows: list[PreparedRow]) -> None:
@@ -92,13 +97,15 @@ class Replica:
         except RowRefused as refused:
             ended = RowFailed(row.id, refused.type, str(refused))
         except SessionFailed as failed:
-            ended = RowFailed(row.id, "engine", str(failed))
+            # An engine that is told to end fails its requests first: the row is decoded again elsewhere.
+            ended = None if await self._engine.dies(ENGINE_DEATH_S) else RowFailed(row.id, "engine", str(failed))
         except WorkerLost as lost:
             self._fatal, ended = lost, None
         except Exception as error:
             # Where the engine is dead the row is not to blame: the driver decodes it again in a new one.
-            ended = None if self._engine.dead else RowFailed(row.id, "decode", f"{type(error).__name__}: {error}")
-        self._ended.put_nowait(ended)
+            ended = None if self._engine.dead else RowFailed(row.id, "decode", last_line(error))
+        if ended is not None:
+            self._ended.put_nowait(ended)
 
     async def collect(self, wait_s: float) -> tuple[list[DecodedRow | RowFailed], Progress]:
         """All rows that have ended since the last call; waits up to `wait_s` seconds for the first.
@@ -113,12 +120,24 @@ class Replica:
             pass
         while not self._ended.empty():
             ended.append(self._ended.get_nowait())
-        if self._fatal is not None:
-            raise self._fatal
-        if self._engine.dead:
-            raise EngineLost("vLLM's engine process died")
         occupancy = self._engine.occupancy
-        return ended, Progress(occupancy.paused, occupancy.idle_seconds, self._faults.drain(), self._tracer.drain())
+        progress = Progress(occupancy.paused, occupancy.idle_seconds, self._faults.drain(), self._tracer.drain())
+        # What has ended, and the faults on the way, are handed over before the end is told of.
+        if not ended and not progress.faults:
+            if self._fatal is not None:
+                raise self._fatal
+            if self._engine.dead:
+                raise EngineLost("vLLM's engine died or gave no token for too long")
+        return ended, progress
+
+    async def cancel(self) -> None:
+        """Forgets all rows that were submitted and have not been collected."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        while not self._ended.empty():
+            self._ended.get_nowait()
 
     async def stop(self) -> None:
         self._engine.shutdown()

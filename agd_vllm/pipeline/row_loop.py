@@ -31,7 +31,7 @@ async def decode_row(
 ) -> DecodedRow:
     """Decodes `row`; gated only if there are workers and the row has a region.
 
-    Raises RowRefused (too large), SessionFailed or WorkerLost.
+    Raises RowRefused (too large), SessionFailed, WorkerLost or RequestKillsWorker.
     """
     gated = pool is not None and bool(row.roi)
     stops = StopCheck(row, eos_ids, tokenizer)

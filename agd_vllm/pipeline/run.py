@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -12,13 +11,15 @@ from typing import Any
 from rich.console import Console
 
 from agd_vllm.dry_run import dry_run
+from agd_vllm.fingerprint import fingerprint
 from agd_vllm.pipeline.decoder import Decoder, DecoderOptions
 from agd_vllm.pipeline.progress import ProgressLine, print_summary
+from agd_vllm.pipeline.tally import Tally
 from agd_vllm.pipeline.versions import versions
 from agd_vllm.reader import check_inputs, read_rows
 from agd_vllm.records import InputRow, RowError
 from agd_vllm.storage import OutputFailed
-from agd_vllm.summary import count_outputs, open_run, read_summary, write_summary
+from agd_vllm.summary import count_outputs, open_run, write_summary
 from agd_vllm.writer import RunWriter
 
 # What may change between the invocations of one run: where it runs, not what it decodes.
@@ -44,25 +45,28 @@ def run_dataset(settings: RunSettings, options: DecoderOptions) -> int:
     """
     check_inputs(settings.inputs)
     decoder = Decoder(options=options)
-    identity = _identity(settings, options)
+    identity = run_identity(settings, decoder)
     open_run(settings.output, identity, settings.resume)
     notes = Console(stderr=True)
     progress = ProgressLine(notes)
-    try:
-        with RunWriter(settings.output, settings.part_rows, settings.part_seconds) as writer:
+    with RunWriter(settings.output, settings.part_rows, settings.part_seconds) as writer:
+        tally = Tally(settings.output, decoder, progress)
+        try:
             rows = _remaining(settings, writer)
             first = next(rows, None)
             if first is None:
                 notes.print("nothing left to decode", highlight=False)
             else:
                 notes.print(f"loading {decoder.model.path} ...", highlight=False, soft_wrap=True)
-                _decode(decoder, itertools.chain([first], rows), writer, progress)
-    except BaseException:
-        # Interrupted or broken off: what is on disk is counted all the same. The first fault is the one to tell of.
-        with suppress(OutputFailed):
-            _write_summary(settings, decoder, identity, progress.seconds)
-        raise
-    summary = _write_summary(settings, decoder, identity, progress.seconds)
+                _decode(decoder, itertools.chain([first], rows), writer, progress, tally)
+            writer.flush()
+        except BaseException:
+            # Interrupted or broken off: what is on disk is counted all the same. The first fault is the one to tell of.
+            with suppress(OutputFailed):
+                writer.flush()
+                _write_summary(settings, decoder, identity, tally)
+            raise
+        summary = _write_summary(settings, decoder, identity, tally)
     print_summary(Console(), summary, settings.output)
     return summary["failed"]
 
@@ -84,33 +88,44 @@ def _remaining(settings: RunSettings, writer: RunWriter) -> Iterator[InputRow]:
             yield row
 
 
-def _decode(decoder: Decoder, rows: Iterable[InputRow], writer: RunWriter, progress: ProgressLine) -> None:
+def _decode(
+    decoder: Decoder, rows: Iterable[InputRow], writer: RunWriter, progress: ProgressLine, tally: Tally
+) -> None:
     with decoder, progress:
-        for outcome in decoder.outcomes(rows):
-            if outcome is not None:
-                writer.fail(outcome) if isinstance(outcome, RowError) else writer.add(outcome)
-                progress.count(outcome)
-            writer.flush_if_due()
-            progress.show(decoder.waiting_for_attribution)
-        writer.flush()
+        try:
+            for outcome in decoder.outcomes(rows):
+                if outcome is not None:
+                    writer.fail(outcome) if isinstance(outcome, RowError) else writer.add(outcome)
+                    progress.count(outcome)
+                writer.flush_if_due()
+                tally.keep_if_due()
+                progress.show(decoder.waiting_for_attribution)
+        finally:
+            # Before engines and Ray are stopped, which takes longer than some schedulers wait.
+            writer.flush()
 
 
-def _identity(settings: RunSettings, options: DecoderOptions) -> dict[str, Any]:
+def run_identity(settings: RunSettings, decoder: Decoder) -> dict[str, Any]:
+    """What decides what is decoded and how: a run may only be continued by one with the same values."""
+    options = decoder.options
     parameters = {key: value for key, value in asdict(options).items() if key not in NOT_IDENTITY}
     parameters["roi"] = options.default_roi
-    return {"inputs": list(settings.inputs), **parameters}
+    # Files may change under their names.
+    return {
+        "inputs": [fingerprint(source) for source in settings.inputs],
+        **parameters,
+        "roi_heads": [list(head) for head in decoder.roi_heads],
+    }
 
 
-def _write_summary(settings: RunSettings, decoder: Decoder, identity: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Counts what is on disk, adds times and faults to those of earlier invocations, writes and returns it all."""
-    counts, earlier = count_outputs(settings.output), read_summary(settings.output)
-    total = earlier.get("seconds", 0.0) + seconds
+def _write_summary(settings: RunSettings, decoder: Decoder, identity: dict[str, Any], tally: Tally) -> dict[str, Any]:
+    """Counts what is on disk, adds times and faults over all invocations, writes and returns it all."""
+    tally.keep()
+    counts, total = count_outputs(settings.output), tally.total()
     summary = {
         **counts,
-        "seconds": total,
-        "load_seconds": earlier.get("load_seconds", 0.0) + decoder.load_seconds,
-        "tokens_per_second": counts["output_tokens"] / total if total else 0.0,
-        "faults": dict(Counter(earlier.get("faults", {})) + Counter(decoder.faults)),
+        **total,
+        "tokens_per_second": counts["output_tokens"] / total["seconds"] if total["seconds"] else 0.0,
         **identity,
         "engines": decoder.options.engines,
         "attribution_workers": decoder.options.attribution_workers,

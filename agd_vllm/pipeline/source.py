@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable
 
 from agd_vllm.pipeline.replica import RowFailed
 from agd_vllm.prepare import Preparer
 from agd_vllm.records import DecodedRow, InputRow, PreparedRow, RowError, RowRefused
+
+# An input may be slow, or wait for its own source: after this many seconds what has come is enough.
+TAKE_S = 0.1
 
 
 class Source:
@@ -21,9 +25,12 @@ class Source:
         self.exhausted = False
 
     def take(self, count: int) -> list[PreparedRow]:
-        """Up to `count` rows; fewer when the items end, or after as many refused ones, so that those get out."""
+        """Up to `count` rows; fewer where the items end or come slowly, or after as many refused ones."""
         rows: list[PreparedRow] = []
-        while len(rows) + len(self._refused) < count:
+        begun = time.monotonic()
+        while (taken := len(rows) + len(self._refused)) < count:
+            if taken and time.monotonic() - begun > TAKE_S:
+                break
             item = next(self._items, None)
             if item is None:
                 self.exhausted = True

@@ -6,8 +6,8 @@ import pytest
 import tiny
 from transformers import GPT2Config, LlamaConfig
 
-from agd_vllm.attribution.adapters import adapt
-from agd_vllm.attribution.architectures import SUPPORTED, check_supported
+from agd_vllm.attribution import rules
+from agd_vllm.attribution.architectures import ACTIVATIONS, SUPPORTED, check_supported
 from agd_vllm.attribution.forward import ForwardScorer
 from agd_vllm.attribution.hf_model import load_model
 from agd_vllm.attribution.scorer import load_scorer
@@ -48,18 +48,21 @@ def test_soft_capped_logits_are_refused():
     assert "final_logit_softcapping" in refused(config)
 
 
-def test_forward_mode_refuses_frequencies_that_change_with_the_length(tmp_path):
-    hf = load_model(str(tiny.save("llama", tmp_path)))
-    hf.stack.rotary_emb.rope_type = "dynamic"
-    with pytest.raises(ValueError, match="dynamic"):
-        adapt(hf)
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_frequencies_that_change_with_the_length_are_refused(name, rope_type):
+    config = tiny.configs()[name]
+    config.architectures = {"llama": ["LlamaForCausalLM"], "gemma3": ["Gemma3ForCausalLM"]}[name]
+    parameters = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}
+    config.rope_parameters = parameters if name == "llama" else {"full_attention": parameters}
+    assert rope_type in refused(config)
 
 
-def test_forward_mode_refuses_an_activation_without_a_rule(tmp_path):
-    hf = load_model(str(tiny.save("llama", tmp_path)))
-    hf.config.hidden_act = "relu"
-    with pytest.raises(ValueError, match="relu"):
-        adapt(hf)
+def test_an_activation_without_a_rule_is_refused():
+    message = refused(LlamaConfig(architectures=["LlamaForCausalLM"], hidden_act="relu"))
+    assert "relu" in message
+    assert set(ACTIVATIONS) == set(rules.ACTIVATIONS)
+    assert all(name in message for name in ACTIVATIONS)
 
 
 def test_unknown_names_list_the_known_ones(tmp_path):

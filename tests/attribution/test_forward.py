@@ -213,6 +213,22 @@ def test_a_full_cache_forgets_and_asks_for_the_whole_sequence(models):
     assert_close(tight.score(requests[:2]), whole[:2])
 
 
+def test_a_sequence_sent_anew_may_be_the_donor_of_another_in_the_same_call(models):
+    """It is cut back to what its new tokens share, but not before the other has copied what that one shares."""
+    rng = random.Random(0)
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(3, tiny.VOCABULARY) for _ in range(count)]
+
+    roi, old = Roi((Span(0, 9),)), tokens(100)
+    wanted = {"a": old[:20] + tokens(200), "b": old[:80] + tokens(10)}
+    requests = [ScoreRequest(name, 0, token_ids, roi, (5, 6, 7)) for name, token_ids in wanted.items()]
+    scorer = ForwardScorer(str(models["llama"]))
+    scorer.score([ScoreRequest("a", 0, old, roi, (5, 6, 7))])
+    alone = [ForwardScorer(str(models["llama"])).score([request])[0] for request in requests]
+    assert scorer.score(requests) == [pytest.approx(scores, rel=1e-4, abs=1e-7) for scores in alone]
+
+
 def test_an_unknown_sequence_is_asked_for_and_the_others_are_scored(scorer, cases, oracle):
     request = as_request(cases["mistral"][0])
     lost = dataclasses.replace(request, sequence="never-seen", start=40, token_ids=[7])

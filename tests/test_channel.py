@@ -1,0 +1,48 @@
+"""Gate reports from vLLM's process to the actor: all of them arrive, however many candidates they have."""
+
+import threading
+import time
+
+import pytest
+
+from agd_vllm.engine.channel import MAX_TOP_K, EngineStep, GateReceiver, GateSender
+
+
+@pytest.fixture
+def receiver():
+    receiver = GateReceiver(lambda step: steps.append(step))
+    steps = receiver.steps = []
+    yield receiver
+    receiver.close()
+
+
+@pytest.mark.parametrize("candidates", [2, 100, MAX_TOP_K])
+def test_reports_arrive_whatever_their_size(receiver, candidates):
+    sender = GateSender(receiver.path)
+    ids = [2**31 - 1 - index for index in range(candidates)]
+    probs = [0.123456789] * candidates
+    reports = [(key, 7, 3.5, ids, probs) for key in range(64)]
+    # A full queue blocks the sender until the receiver reads.
+    sending = threading.Thread(target=sender.send, args=(reports, EngineStep(1.0, 2.0, 3.0, 64)), daemon=True)
+    sending.start()
+    deadline = time.monotonic() + 20
+    while not receiver.steps and time.monotonic() < deadline:
+        receiver.drain()
+    for key in range(64):
+        gate = receiver.take(key, 7)
+        assert (gate.step, gate.entropy, list(gate.candidate_ids), list(gate.candidate_probs)) == (7, 3.5, ids, probs)
+    assert len(receiver.steps) == 1
+
+
+def test_the_latest_report_of_a_row_counts_and_only_for_its_step(receiver):
+    sender = GateSender(receiver.path)
+    sender.send([(1, 4, 2.0, [5, 6], [0.5, 0.4])])
+    sender.send([(1, 5, 2.5, [7, 8], [0.5, 0.4])])
+    assert receiver.take(1, 5).candidate_ids == (7, 8)
+    with pytest.raises(LookupError, match="step 5"):
+        receiver.take(1, 5)
+
+
+def test_sending_to_an_actor_that_is_gone_does_not_raise(receiver):
+    sender = GateSender(f"{receiver.path}-gone")
+    sender.send([(1, 4, 2.0, [5, 6], [0.5, 0.4])])

@@ -1,0 +1,28 @@
+"""GPUs of engines and workers: whole ones while they last, shares of equal size where they do not."""
+
+import pytest
+
+from agd_vllm.pipeline.placement import Demand, gpu_shares
+
+
+@pytest.mark.parametrize(
+    ("gpus", "demand", "shares"),
+    [
+        (0, Demand(1, 1, 1), (0, 0)),
+        (2, Demand(1, 1, 1), (1, 1)),
+        (8, Demand(2, 4, 2), (2, 1)),
+        (1, Demand(1, 0, 1), (1, 1)),
+        (1, Demand(1, 1, 1), (1 / 2, 1 / 2)),
+        (1, Demand(1, 3, 1), (1 / 4, 1 / 4)),
+        (2, Demand(2, 1, 1), (1 / 2, 1 / 2)),
+        (4, Demand(4, 4, 1), (1 / 2, 1 / 2)),
+    ],
+)
+def test_shares(gpus, demand, shares):
+    assert gpu_shares(gpus, demand) == shares
+    assert demand.engines * shares[0] + demand.workers * shares[1] <= gpus
+
+
+def test_an_engine_over_several_gpus_needs_them_all():
+    with pytest.raises(RuntimeError, match=r"2 GPUs.*need 3.*tensor_parallel_size"):
+        gpu_shares(2, Demand(1, 1, 2))
