@@ -7,14 +7,18 @@ MODEL := .cache/models/smollm2-135m-instruct
 # The CPU build of torch is not on the package index: where PIP_FIND_LINKS names no folder with it, PyTorch's own.
 TORCH_INDEX := $(if $(PIP_FIND_LINKS),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: demo test lint chaos lock clean
+.PHONY: demo test long lint chaos lock clean
 
 demo: $(VENV)/.ready $(MODEL)/model.safetensors
 	$(BIN)/agd-vllm decode examples/demo.jsonl --model $(MODEL) --output runs/demo --max-model-len 2048 \
 		--engine-arg enforce_eager=true
 
 test: $(VENV)/.ready lint $(MODEL)/model.safetensors
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -m "not long"
+
+# What `make test` leaves out for its time: runs of the real thing whose parts other tests cover.
+long: $(VENV)/.ready $(MODEL)/model.safetensors
+	$(BIN)/python -m pytest tests -m long
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

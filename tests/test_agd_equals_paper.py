@@ -149,6 +149,7 @@ def test_guided_steps_are_consistent(compared):
             assert step["entropy"] >= row["tau"] - 1e-6
 
 
+@pytest.mark.long
 def test_the_reference_scorer_decodes_the_same(runs, data, smollm2, tmp_path):
     """`--scorer lxt` against the default, forward mode, on some of the rows."""
     agd_vllm_decode(data, smollm2, tmp_path / "lxt", "--scorer", "lxt", "--limit", "2")

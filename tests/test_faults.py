@@ -101,6 +101,7 @@ def test_decode_takes_endless_input_as_room_allows_and_may_be_left(decoder, rows
     same(decoded(decoder.outcomes(rows)), undisturbed)
 
 
+@pytest.mark.long
 def test_a_row_that_kills_its_engine_is_an_error_and_the_rest_is_decoded(decoder, rows, undisturbed):
     """vLLM's process is killed whenever the row is in flight, as a row would do it that crashes vLLM."""
     poison = rows[-1].id
