@@ -63,7 +63,7 @@ _EXPECTED = {
     "messages": 'a non-empty list of {"role", "content"} objects',
     "content": "a string (lists of content parts are not supported)",
     "prompt": "a non-empty string",
-    "roi": f'a list of 1 to {MAX_SELECTORS} selectors such as {{"role": "system"}} (leave it out for the default)',
+    "roi": f'a non-empty list of selectors, {MAX_SELECTORS} at most, such as {{"role": "system"}} (or leave roi out)',
     "message": "the index of a message, counted from 0",
     "text": "a non-empty string",
     "chars": "a pair of whole numbers [start, end] with 0 <= start < end",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import signal
 import threading
 import time
@@ -93,7 +94,7 @@ def test_decode_takes_endless_input_as_room_allows_and_may_be_left(decoder, rows
             yield {"id": name, "messages": messages, "max_tokens": 400, "metadata": {"name": name}}
 
     for row in decoder.decode(endless(), on_error=errors.append):
-        assert row.metadata == {"name": row.id}
+        assert json.loads(row.metadata) == {"name": row.id}
         assert row.steps and row.text
         break
     assert [error.id for error in errors] == ["no messages"]

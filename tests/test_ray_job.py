@@ -4,6 +4,7 @@ import os
 import secrets
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -26,11 +27,19 @@ def cluster(tmp_path):
     token.write_text(secrets.token_hex(32))
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     environment |= {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    start = ("start", "--head", f"--port={PORT}", f"--dashboard-port={DASHBOARD}", "--num-cpus=4")
-    started = ray(environment, *start, "--disable-usage-stats")
-    assert started.returncode == 0, started.stdout + started.stderr
+    start = ("start", "--head", f"--port={PORT}", f"--dashboard-port={DASHBOARD}", "--num-cpus=4", "--block")
+    log = tmp_path / "head.log"
+    with log.open("w") as file:
+        command = [str(BIN / "ray"), *start, "--disable-usage-stats"]
+        head = subprocess.Popen(command, env=environment, cwd=CHECKOUT, stdout=file, stderr=file)
+    deadline = time.monotonic() + 120
+    while "Ray runtime started" not in log.read_text():
+        assert head.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.5)
     yield environment
-    ray(environment, "stop", "--force")
+    # It ends what it has started; `ray stop` would end every cluster on the machine.
+    head.terminate()
+    head.wait(60)
 
 
 def test_a_submitted_job_decodes_the_demo_rows(cluster, smollm2, tmp_path):

@@ -120,6 +120,7 @@ REFUSED = [
     ({"id": "a", "messages": [{"role": "user", "content": [{}]}]}, "invalid_field", "content parts are not supported"),
     ({"id": "a", "messages": [{**MESSAGES[0], "name": "x"}]}, "unknown_field", 'messages[0]: unknown key "name"'),
     ({**CHAT, "roi": []}, "invalid_field", "leave roi out"),
+    ({**CHAT, "roi": [{"role": "system"}] * 257}, "invalid_field", "256 at most"),
     ({**CHAT, "roi": {"role": "system"}}, "invalid_field", "roi must be a non-empty list"),
     ({**CHAT, "roi": [{"rol": "system"}]}, "unknown_field", 'roi[0]: unknown key "rol"'),
     ({**CHAT, "roi": [{"role": "tool"}]}, "unknown_role", "roi[0].role"),
