@@ -1,0 +1,240 @@
+// Softmax attention of cached sequences and of their tangents on a CPU: one call for one layer of ragged sequences.
+// kernels/cached_attention.py says what the arguments hold; agd_vllm/attribution/rules.py has the rule and its twin.
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES 16
+// Queries of one task: their scores for some thousand keys still lie in the second-level cache.
+#define TOKENS 8
+// Keys whose values stay in the first-level cache while every query of the task reads them.
+#define TILE 32
+// Keys that a query meets at once.
+#define KEYS 8
+
+#define INLINE __attribute__((always_inline)) static inline
+
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+
+typedef struct {
+    float *keys, *values;  // of layer 0: [layers, kv_heads, streams, capacity, head_dim]
+    int64_t capacity;
+    int64_t length;  // tokens in the cache before this call
+    int64_t count;   // new ones
+    int64_t row;     // the first of them among the rows of the call
+} Sequence;
+
+typedef struct {
+    int64_t rows, streams, key_streams, heads, kv_heads, window;
+    float score_factor, value_factor;
+} Shape;
+
+static inline lanes load(const float *from) { return *(const lanes *)from; }
+
+// Sums of neighbouring lanes: those of `a` in the first half, those of `b` in the second.
+static inline lanes pair_sums(lanes a, lanes b) {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+// The sum over the lanes of each of KEYS vectors.
+static inline void store_sums(const lanes x[KEYS], float to[KEYS]) {
+    const lanes low = pair_sums(pair_sums(x[0], x[1]), pair_sums(x[2], x[3]));
+    const lanes high = pair_sums(pair_sums(x[4], x[5]), pair_sums(x[6], x[7]));
+    const lanes pairs = pair_sums(low, high), sums = pair_sums(pairs, pairs);
+    memcpy(to, &sums, KEYS * sizeof(float));
+}
+
+// exp(x) of x <= 0, to 2 units in the last place, in a form that compilers vectorise; NaN stays NaN. Below the smallest
+// normal number it is 0. exp(x) = 2^n exp(r): adding ROUND rounds x / ln 2 to n, which lands in the lowest bits of the sum;
+// the polynomial of exp(r), |r| <= ln(2) / 2, is the one of Cephes (S. Moshier).
+static inline float exponential(float x) {
+    const float ROUND = 12582912.0f;
+    const float shifted = x * 1.44269504f + ROUND, n = shifted - ROUND;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1;
+    int32_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    bits = (int32_t)((uint32_t)bits << 23) + 0x3f800000;
+    float scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return x < -87.0f ? 0 : p * scale;
+}
+
+// Sums over a row of the products with each of KEYS rows `k`, those of q2 with k2 added where there are any.
+INLINE void products(const int dim, const float *q, const float *k, const float *q2, const float *k2, float *to) {
+    lanes sums[KEYS] = {0};
+    for (int part = 0; part < dim; part += LANES) {
+        const lanes factor = load(q + part);
+        for (int i = 0; i < KEYS; i++) sums[i] += factor * load(k + i * dim + part);
+        if (q2) {
+            const lanes other = load(q2 + part);
+            for (int i = 0; i < KEYS; i++) sums[i] += other * load(k2 + i * dim + part);
+        }
+    }
+    store_sums(sums, to);
+}
+
+// Adds `count` rows of `one` and `count` of `other`, each times its weight, those of `other` times `factor` too: two
+// chains of sums, for one alone would wait for itself.
+INLINE void add_rows(const int dim, int64_t count, const float *one, const float *one_weights, const float *other,
+                     const float *other_weights, float factor, float *to) {
+    lanes sums[dim / LANES], other_sums[dim / LANES];
+    memcpy(sums, to, sizeof sums);
+    memset(other_sums, 0, sizeof other_sums);
+    for (int64_t i = 0; i < count; i++) {
+        const float weight = one_weights[i], other_weight = factor * other_weights[i];
+        for (int part = 0; part < dim / LANES; part++) {
+            sums[part] += weight * load(one + i * dim + part * LANES);
+            other_sums[part] += other_weight * load(other + i * dim + part * LANES);
+        }
+    }
+    for (int part = 0; part < dim / LANES; part++) sums[part] += other_sums[part];
+    memcpy(to, sums, sizeof sums);
+}
+
+// Scores of keys [from, to) to probabilities, and their changes [streams - 1][width] to the tangents f a'.
+static void softmax(float *scores, int64_t from, int64_t to, int64_t streams, int64_t width, float score_factor) {
+    float highest = -INFINITY, total = 0;
+    for (int64_t key = from; key < to; key++) highest = scores[key] > highest ? scores[key] : highest;
+#pragma omp simd reduction(+ : total)
+    for (int64_t key = from; key < to; key++) {
+        scores[key] = exponential(scores[key] - highest);
+        total += scores[key];
+    }
+    const float scale = 1 / total;
+    for (int64_t key = from; key < to; key++) scores[key] *= scale;
+    for (int64_t stream = 1; stream < streams; stream++) {
+        float *restrict change = scores + stream * width, mean = 0;
+#pragma omp simd reduction(+ : mean)
+        for (int64_t key = from; key < to; key++) mean += scores[key] * change[key];
+        for (int64_t key = from; key < to; key++) change[key] = score_factor * scores[key] * (change[key] - mean);
+    }
+}
+
+// One task: `count` queries of each head of one group, from token `start` on, over the keys that they can see.
+INLINE void attend_group(const int dim, const Sequence *sequence, const Shape *shape, int64_t layer, int64_t kv_head,
+                         int64_t start, int64_t count, const float *queries, float *out, float *workspace) {
+    const int64_t group = shape->heads / shape->kv_heads, streams = shape->streams, key_streams = shape->key_streams;
+    const int64_t plane = sequence->capacity * dim, stride = shape->rows * shape->heads * dim;
+    const float *keys = sequence->keys + (layer * shape->kv_heads + kv_head) * key_streams * plane;
+    const float *values = sequence->values + (layer * shape->kv_heads + kv_head) * streams * plane;
+    const int64_t before = sequence->length + start, end = before + count, window = shape->window;
+    const int64_t first = window && before + 1 > window ? before + 1 - window : 0, num_keys = end - first;
+    const int64_t width = (num_keys + KEYS - 1) / KEYS * KEYS, num_queries = count * group;
+    float *const packed = workspace, *const tile = packed + num_queries * streams * dim;
+    float *const scores = tile + KEYS * streams * dim;
+    // Heads of a group lie side by side, tokens after one another, streams in planes.
+#define ROW(query, stream)                                                                                         \
+    ((((sequence->row + start + (query) / group) * shape->heads) + kv_head * group + (query) % group) * dim + \
+     (stream) * stride)
+
+    for (int64_t query = 0; query < num_queries; query++)
+        for (int64_t stream = 0; stream < key_streams; stream++)
+            memcpy(packed + (query * streams + stream) * dim, queries + ROW(query, stream), dim * sizeof(float));
+    for (int64_t key = 0; key < num_keys; key += KEYS) {
+        const int64_t there = num_keys - key < KEYS ? num_keys - key : KEYS;
+        for (int64_t stream = 0; stream < key_streams; stream++)
+            memcpy(tile + stream * KEYS * dim, keys + stream * plane + (first + key) * dim, there * dim * sizeof(float));
+        for (int64_t query = 0; query < num_queries; query++) {
+            const float *q = packed + query * streams * dim;
+            float *to = scores + query * key_streams * width + key;
+            products(dim, q, tile, NULL, NULL, to);
+            for (int64_t stream = 1; stream < key_streams; stream++)
+                products(dim, q + stream * dim, tile, q, tile + stream * KEYS * dim, to + stream * width);
+        }
+    }
+
+#define FROM(query) (window && before + (query) / group + 1 > window ? before + (query) / group + 1 - window - first : 0)
+#define TO(query) (before + (query) / group + 1 - first)
+    for (int64_t query = 0; query < num_queries; query++)
+        softmax(scores + query * key_streams * width, FROM(query), TO(query), key_streams, width, shape->score_factor);
+
+    static const float nothing[TILE];
+    memset(packed, 0, num_queries * streams * dim * sizeof(float));
+    for (int64_t key = 0; key < num_keys; key += TILE) {
+        for (int64_t query = 0; query < num_queries; query++) {
+            const int64_t low = FROM(query) > key ? FROM(query) : key, high = TO(query) < key + TILE ? TO(query) : key + TILE;
+            const float *weights = scores + query * key_streams * width + low, *rows = values + (first + low) * dim;
+            float *o = packed + query * streams * dim;
+            if (high <= low) continue;
+            const int64_t count = high - low, half = count / 2;
+            add_rows(dim, half, rows, weights, rows + half * dim, weights + half, 1, o);
+            add_rows(dim, count % 2, rows + 2 * half * dim, weights + 2 * half, rows, weights, 0, o);
+            for (int64_t stream = 1; stream < streams; stream++) {
+                // CP-LRP: the weights have no tangent.
+                const float *changes = stream < key_streams ? weights + stream * width : nothing;
+                add_rows(dim, count, rows, changes, rows + stream * plane, weights, shape->value_factor, o + stream * dim);
+            }
+        }
+    }
+    for (int64_t query = 0; query < num_queries; query++)
+        for (int64_t stream = 0; stream < streams; stream++)
+            memcpy(out + ROW(query, stream), packed + (query * streams + stream) * dim, dim * sizeof(float));
+}
+
+// New rows [streams, rows, kv_heads, dim] of one sequence into its cache.
+static void append(float *cache, const float *fresh, const Sequence *sequence, int64_t streams, const Shape *shape,
+                   int64_t layer, int64_t dim) {
+    for (int64_t head = 0; head < shape->kv_heads; head++)
+        for (int64_t stream = 0; stream < streams; stream++)
+            for (int64_t token = 0; token < sequence->count; token++)
+                memcpy(cache + ((((layer * shape->kv_heads + head) * streams + stream) * sequence->capacity) +
+                                sequence->length + token) * dim,
+                       fresh + ((stream * shape->rows + sequence->row + token) * shape->kv_heads + head) * dim,
+                       dim * sizeof(float));
+}
+
+// Returns 0; 1 for a head size that it has no code for; 2 where memory is short.
+int agd_cached_attention(const Sequence *sequences, int64_t num_sequences, const Shape *shape, int64_t layer,
+                         int64_t dim, const float *queries, const float *keys, const float *values, float *out) {
+    if (dim != 64 && dim != 96 && dim != 128 && dim != 256) return 1;
+    int64_t num_blocks = 0, longest = 0;
+    for (int64_t i = 0; i < num_sequences; i++) {
+        const int64_t blocks = (sequences[i].count + TOKENS - 1) / TOKENS;
+        const int64_t length = sequences[i].length + sequences[i].count;
+        num_blocks = blocks > num_blocks ? blocks : num_blocks;
+        longest = length > longest ? length : longest;
+    }
+    const int64_t rows = TOKENS * (shape->heads / shape->kv_heads);
+    const int64_t floats = (rows + KEYS) * shape->streams * dim + rows * shape->key_streams * (longest + KEYS);
+    int failed = 0;
+#pragma omp parallel reduction(| : failed)
+    {
+        float *workspace = calloc(floats, sizeof(float));
+        failed = workspace == NULL;
+#pragma omp for
+        for (int64_t i = 0; i < num_sequences; i++) {
+            append(sequences[i].keys, keys, sequences + i, shape->key_streams, shape, layer, dim);
+            append(sequences[i].values, values, sequences + i, shape->streams, shape, layer, dim);
+        }
+#pragma omp for collapse(3) schedule(dynamic)
+        for (int64_t i = 0; i < num_sequences; i++)
+            for (int64_t head = 0; head < shape->kv_heads; head++)
+                for (int64_t block = 0; block < num_blocks; block++) {
+                    const int64_t start = block * TOKENS, left = sequences[i].count - start;
+                    if (failed || left <= 0) continue;
+                    const int64_t count = left < TOKENS ? left : TOKENS;
+#define CASE(size)                                                                                        \
+    case size:                                                                                            \
+        attend_group(size, sequences + i, shape, layer, head, start, count, queries, out, workspace);     \
+        break
+                    switch (dim) {
+                        CASE(64);
+                        CASE(96);
+                        CASE(128);
+                        CASE(256);
+                    }
+                }
+        free(workspace);
+    }
+    return failed ? 2 : 0;
+}

@@ -1,0 +1,118 @@
+"""The compiled attention of a CPU against its twin in PyTorch."""
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agd_vllm.attribution.rules import RULES
+from agd_vllm.attribution.sequence_attention import SequenceAttention
+from agd_vllm.attribution.tangent_cache import CachedSequence, CacheShape
+from agd_vllm.kernels import cached_attention
+from agd_vllm.records import Roi, Span
+
+LAYERS = 2
+
+
+@pytest.fixture(autouse=True)
+def compiler():
+    if not cached_attention.available(64):
+        pytest.skip("needs a C compiler with OpenMP")
+
+
+def batch(rule: str, kv_heads: int, group: int, head_dim: int, regions: int, sequences: list[tuple[int, int]]):
+    """Caches with random content up to each length, and the queries, keys and values of the new tokens."""
+    shape = CacheShape(LAYERS, kv_heads, head_dim, RULES[rule].scores != 0, torch.float32, torch.device("cpu"))
+    segments = []
+    for length, count in sequences:
+        sequence = CachedSequence(shape, (Roi((Span(0, 1),)),) * regions)
+        sequence.reserve(length + count)
+        # What lies beyond the length must never be read.
+        sequence.keys.fill_(float("nan"))
+        sequence.values.fill_(float("nan"))
+        sequence.keys[:, :, :, :length].normal_()
+        sequence.values[:, :, :, :length].normal_()
+        sequence.length = length
+        segments.append((sequence, count))
+    rows, streams = sum(count for _, count in sequences), 1 + regions
+    key_streams = segments[0][0].keys.shape[2]
+    queries = torch.randn(key_streams, rows, kv_heads * group, head_dim) * head_dim**-0.5 * 3
+    return (
+        segments,
+        queries,
+        torch.randn(key_streams, rows, kv_heads, head_dim),
+        torch.randn(streams, rows, kv_heads, head_dim),
+    )
+
+
+def compiled(segments, rule):
+    caches = [(sequence.keys, sequence.values, sequence.length, count) for sequence, count in segments]
+    return cached_attention.CachedAttention(caches, RULES[rule].scores, RULES[rule].values)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rule=st.sampled_from(list(RULES)),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    head_dim=st.sampled_from(cached_attention.HEAD_DIMS),
+    regions=st.integers(1, 3),
+    sequences=st.lists(st.tuples(st.integers(0, 90), st.integers(1, 40)), min_size=1, max_size=4),
+    window=st.none() | st.integers(1, 60),
+    seed=st.integers(0, 2**16),
+)
+def test_it_attends_and_fills_the_caches_as_its_twin(rule, kv_heads, group, head_dim, regions, sequences, window, seed):
+    torch.manual_seed(seed)
+    segments, queries, keys, values = batch(rule, kv_heads, group, head_dim, regions, sequences)
+    caches = [(sequence.keys.clone(), sequence.values.clone()) for sequence, _ in segments]
+    ours = compiled(segments, rule)(1, queries, keys, values, window)
+    filled = [(sequence.keys.clone(), sequence.values.clone()) for sequence, _ in segments]
+    for (sequence, _), (old_keys, old_values) in zip(segments, caches, strict=True):
+        sequence.keys.copy_(old_keys)
+        sequence.values.copy_(old_values)
+    theirs = SequenceAttention(segments, RULES[rule])(1, queries, keys, values, window)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+    for (sequence, _), (our_keys, our_values) in zip(segments, filled, strict=True):
+        assert torch.equal(our_keys.nan_to_num(9), sequence.keys.nan_to_num(9))
+        assert torch.equal(our_values.nan_to_num(9), sequence.values.nan_to_num(9))
+
+
+def test_a_sequence_gets_the_same_bits_whatever_is_beside_it():
+    torch.manual_seed(0)
+    segments, queries, keys, values = batch("attnlrp", 3, 3, 64, 1, [(200, 3), (17, 1), (64, 30)])
+    together = compiled(segments, "attnlrp")(0, queries, keys, values, None)
+    alone = compiled(segments[1:2], "attnlrp")(0, queries[:, 3:4], keys[:, 3:4], values[:, 3:4], None)
+    assert torch.equal(alone, together[:, 3:4])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_a_number_stays_visible(bad):
+    segments, queries, keys, values = batch("attnlrp", 1, 1, 64, 1, [(20, 1), (20, 1)])
+    segments[0][0].keys[0, 0, 0, 3] = bad
+    out = compiled(segments, "attnlrp")(0, queries, keys, values, None)
+    assert out[:, 0].isnan().any() and out[:, 1].isfinite().all()
+
+
+def test_scores_of_any_size_are_safe():
+    segments, queries, keys, values = batch("attnlrp", 1, 1, 64, 1, [(50, 1)])
+    ours = compiled(segments, "attnlrp")(0, queries * 1e4, keys, values, None)
+    theirs = SequenceAttention(segments, RULES["attnlrp"])(0, queries * 1e4, keys, values, None)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_without_a_compiler_it_says_so_once_and_the_twin_is_used(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "false")
+    for cached in (cached_attention.available, cached_attention._library):
+        cached.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, "agd_vllm"):
+            assert not cached_attention.available(64) and not cached_attention.available(64)
+    finally:
+        for cached in (cached_attention.available, cached_attention._library):
+            cached.cache_clear()
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "scoring is slower without a C compiler (gcc with OpenMP)"
+    ]
