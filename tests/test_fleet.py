@@ -130,7 +130,7 @@ class FakeReplica:
     def _attach(self):
         self.world.told.append(("attach", self))
 
-    def _submit(self, rows):
+    def _submit(self, rows, batch):
         self.batches.append([row.id for row in rows])
         self.rows += rows
         self.together.append({row.id for row in self.rows})
@@ -146,7 +146,7 @@ class FakeReplica:
         rows = [DecodedRow(row.id, "", [1], row.prompt_token_ids, (), "length", []) for row in ended]
         return rows, Progress(len(self.rows), 0.0, [], [])
 
-    def _cancel(self):
+    def _cancel(self, batch):
         self.world.told.append(("cancel", self))
         return self._do(self.world.cancel_s, lambda: self.rows.clear())
 
@@ -534,7 +534,9 @@ def test_rows_are_read_a_few_at_a_time(world):
 
     for replica in world.replicas:
         submit = replica.submit.remote
-        replica.submit = Method(lambda rows, submit=submit: (read_before_submit.append(seen), submit(rows)))
+        replica.submit = Method(
+            lambda rows, batch, submit=submit: (read_before_submit.append(seen), submit(rows, batch))
+        )
     begun, outcomes = world.now, fleet.decode(source(items()))
     assert next(outcomes) is None
     assert read_before_submit == [8, 16]

@@ -195,13 +195,14 @@ class Decoder:
 
     def _attach(self, replica: Any) -> None:
         """Tells an engine who scores. Workers are asked when the first one starts: later they are busy, or restart."""
-        if self._workers:
-            if self._scoring is None:
-                self._scoring = self._ask_workers()
-            replica.attach.remote(self._workers, *self._scoring)
+        if self._scoring is None:
+            self._scoring = self._ask_workers()
+        replica.attach.remote(self._workers, *self._scoring)
 
     def _ask_workers(self) -> tuple[bool, int | None]:
         """Waits until all have loaded the model; whether they are stateful, and one engine's share of their caches."""
+        if not self._workers:
+            return False, None
         infos = loaded([worker.info.remote() for worker in self._workers], "an attribution worker")
         tokens = None
         if infos[0].cache_tokens is not None:

@@ -75,6 +75,7 @@ class Fleet:
         self._engines = [self._launch(index) for index in range(count)]
         self._suspects = Suspects()
         self._decoding = False
+        self._batch = 0
         self._restarts_in_a_row = 0
         self._poison_in_a_row = 0
         self._idle_before = 0.0
@@ -106,6 +107,7 @@ class Fleet:
         if self._decoding:
             raise RuntimeError("a decode() is going on; read it to its end or close it before the next")
         self._decoding = True
+        self._batch += 1
         try:
             yield from self._settle(source)
             while not source.exhausted or self._suspects or any(engine.rows for engine in self._engines):
@@ -126,7 +128,7 @@ class Fleet:
             return
         rows = self._next_rows(engine, source)
         if rows:
-            engine.actor.submit.remote(rows)
+            engine.actor.submit.remote(rows, self._batch)
             engine.rows |= {row.id: row for row in rows}
         if engine.rows and engine.call is None:
             engine.call = engine.actor.collect.remote(COLLECT_WAIT_S)
@@ -227,7 +229,7 @@ class Fleet:
                 engine.left = [] if engine.call is None else [engine.call]
                 engine.call, engine.rows, engine.waiting = None, {}, 0
                 try:
-                    engine.left.append(engine.actor.cancel.remote())
+                    engine.left.append(engine.actor.cancel.remote(self._batch))
                 except Exception as error:
                     log.debug("could not cancel an engine's rows: %s", error)
                     kill(engine.actor)

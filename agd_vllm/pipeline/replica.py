@@ -53,13 +53,15 @@ class Progress:
 
 
 class Replica:
-    """A plain class; `placement` makes it an async Ray actor."""
+    """A plain class; `placement` makes it an async Ray actor, whose calls may begin in another order than they were made."""
 
     def __init__(self, model: ModelInfo, engine: EngineSettings, gate: GateSettings, traced: bool, debug: bool):
         self._model = model
         self._tracer = Tracer(traced)
         self._engine = Engine(model, engine, gate, self._tracer)
         self._pool: AttributionPool | None = None
+        self._attached = asyncio.Event()
+        self._cancelled = 0
         self._ended: asyncio.Queue[DecodedRow | RowFailed] = asyncio.Queue()
         self._tasks: set[asyncio.Task] = set()
         self._faults = FaultLog()
@@ -77,14 +79,19 @@ class Replica:
         return ReplicaInfo(self._engine.max_model_len, self._engine.max_sessions, time.perf_counter() - begun)
 
     async def attach(self, workers: list[Any], stateful: bool, cache_tokens: int | None) -> None:
-        """Names the attribution workers. Without this call rows are decoded greedily.
+        """Names the attribution workers, which rows wait for; with none of them all rows are decoded greedily.
 
         `cache_tokens`: what the workers hold for this engine's rows; more rows side by side would evict each other.
         """
-        self._engine.limit_attribution(cache_tokens)
-        self._pool = AttributionPool(workers, stateful, POOL_DEADLINE_S, self._faults, self._tracer)
+        if workers:
+            self._engine.limit_attribution(cache_tokens)
+            self._pool = AttributionPool(workers, stateful, POOL_DEADLINE_S, self._faults, self._tracer)
+        self._attached.set()
 
-    async def submit(self, rows: list[PreparedRow]) -> None:
+    async def submit(self, rows: list[PreparedRow], batch: int) -> None:
+        """Decodes `rows`, which belong to the batch of that number; not if it has been cancelled meanwhile."""
+        if batch <= self._cancelled:
+            return
         for row in rows:
             task = asyncio.create_task(self._decode(row))
             # The loop keeps only weak references to tasks.
@@ -92,6 +99,7 @@ class Replica:
             task.add_done_callback(self._tasks.discard)
 
     async def _decode(self, row: PreparedRow) -> None:
+        await self._attached.wait()
         try:
             ended = await decode_row(self._engine, self._pool, row, self._tokenizer, self._model.eos_ids, self._faults)
         except RowRefused as refused:
@@ -130,8 +138,9 @@ class Replica:
                 raise EngineLost("vLLM's engine died or gave no token for too long")
         return ended, progress
 
-    async def cancel(self) -> None:
-        """Forgets all rows that were submitted and have not been collected."""
+    async def cancel(self, batch: int) -> None:
+        """Forgets all rows of the batches up to that number that have not been collected."""
+        self._cancelled = batch
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
