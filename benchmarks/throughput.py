@@ -4,7 +4,7 @@
 
 `greedy`: `vllm.LLM` on all cores with its own best settings. `agd`: this project with its defaults. They are loaded
 side by side and take turns, so that a change in the machine's speed meets both; medians of `--runs` turns after a
-warm-up.
+warm-up. Every turn has `--limit` rows of its own, the same for both: no cache has seen them before.
 `paper`: the paper's loop (benchmarks/paper.py) once, on as many rows as end within `--paper-seconds`; AGD's own figure
 for the ratio is taken on those same rows.
 """
@@ -51,6 +51,17 @@ def decode(decoder: Decoder, rows: list[InputRow]) -> tuple[list[DecodedRow], di
     }
 
 
+def rows_of_turns(path: str, limit: int, max_tokens: int, turns: int) -> list[list[InputRow]]:
+    """`limit` rows for each turn, none of them twice."""
+    rows = [row for row in read_rows([path]) if isinstance(row, InputRow)]
+    if len(rows) < limit * turns:
+        raise click.ClickException(f"{path} has {len(rows)} rows, {turns} turns of {limit} rows need {limit * turns}")
+    # Files are often sorted by kind: every turn gets rows from everywhere.
+    return [
+        [dataclasses.replace(row, max_tokens=max_tokens) for row in rows[turn::turns][:limit]] for turn in range(turns)
+    ]
+
+
 def run_paper(decoder: Decoder, rows: list[DecodedRow], limits: dict[str, int], dtype: str, seconds: float) -> list:
     """What benchmarks/paper.py says of each row that it ended in time."""
     options = decoder.options
@@ -95,9 +106,8 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 @click.option("--trace", help="A timeline of AGD's turns.")
 @click.option("--json", "output", required=True)
 def main(model, input_path, limit, max_tokens, tau, dtype, runs, paper_seconds, eager, output, **decoder_options):
-    rows = [row for row in read_rows([input_path]) if isinstance(row, InputRow)][:limit]
-    rows = [dataclasses.replace(row, max_tokens=max_tokens) for row in rows]
-    result: dict[str, Any] = {"rows": len(rows), "max_tokens": max_tokens, "tau": tau, **decoder_options}
+    turns = rows_of_turns(input_path, limit, max_tokens, runs + 1)
+    result: dict[str, Any] = {"rows": limit, "max_tokens": max_tokens, "tau": tau, **decoder_options}
     on_cpu = not torch.cuda.is_available()
     shared = {"enforce_eager": eager}
     greedy_args = shared | ({"kv_cache_memory_bytes": GREEDY_CACHE_BYTES} if on_cpu else {})
@@ -109,7 +119,7 @@ def main(model, input_path, limit, max_tokens, tau, dtype, runs, paper_seconds, 
             model, tau=tau, dtype=dtype, max_model_len=MAX_MODEL_LEN, engine_args=shared, **decoder_options
         ) as decoder,
     ):
-        for turn in range(runs + 1):
+        for turn, rows in enumerate(turns):
             decoded, agd = decode(decoder, rows)
             job = [(row.prompt_token_ids, {"max_tokens": max_tokens}) for row in decoded]
             tokens, seconds = plain.generate(job)

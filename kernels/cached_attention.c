@@ -2,21 +2,16 @@
 // kernels/cached_attention.py says what the arguments hold; agd_vllm/attribution/rules.py has the rule and its twin.
 
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
-#define LANES 16
+#include "lanes.h"
+
 // Queries of one task: their scores for some thousand keys still lie in the second-level cache.
 #define TOKENS 8
 // Keys whose values stay in the first-level cache while every query of the task reads them.
 #define TILE 32
 // Keys that a query meets at once.
 #define KEYS 8
-
-#define INLINE __attribute__((always_inline)) static inline
-
-typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
 
 typedef struct {
     float *keys, *values;  // of layer 0: [layers, kv_heads, streams, capacity, head_dim]
@@ -31,8 +26,6 @@ typedef struct {
     float score_factor, value_factor;
 } Shape;
 
-static inline lanes load(const float *from) { return *(const lanes *)from; }
-
 // Sums of neighbouring lanes: those of `a` in the first half, those of `b` in the second.
 static inline lanes pair_sums(lanes a, lanes b) {
     return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
@@ -45,28 +38,6 @@ static inline void store_sums(const lanes x[KEYS], float to[KEYS]) {
     const lanes high = pair_sums(pair_sums(x[4], x[5]), pair_sums(x[6], x[7]));
     const lanes pairs = pair_sums(low, high), sums = pair_sums(pairs, pairs);
     memcpy(to, &sums, KEYS * sizeof(float));
-}
-
-// exp(x) of x <= 0, to 2 units in the last place, in a form that compilers vectorise; NaN stays NaN. Below the smallest
-// normal number it is 0. exp(x) = 2^n exp(r): adding ROUND rounds x / ln 2 to n, which lands in the lowest bits of the sum;
-// the polynomial of exp(r), |r| <= ln(2) / 2, is the one of Cephes (S. Moshier).
-static inline float exponential(float x) {
-    const float ROUND = 12582912.0f;
-    const float shifted = x * 1.44269504f + ROUND, n = shifted - ROUND;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1;
-    int32_t bits;
-    memcpy(&bits, &shifted, sizeof bits);
-    bits = (int32_t)((uint32_t)bits << 23) + 0x3f800000;
-    float scale;
-    memcpy(&scale, &bits, sizeof scale);
-    return x < -87.0f ? 0 : p * scale;
 }
 
 // Sums over a row of the products with each of KEYS rows `k`, those of q2 with k2 added where there are any.

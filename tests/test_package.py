@@ -43,6 +43,6 @@ def test_a_wheel_holds_every_module(tmp_path):
     subprocess.run([*command, "--wheel-dir", str(tmp_path)], cwd=source, check=True, timeout=120)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
-        packed = {name for name in file.namelist() if name.endswith((".py", ".c"))}
-    files = [path for suffix in ("py", "c") for path in (source / "agd_vllm").rglob(f"*.{suffix}")]
+        packed = {name for name in file.namelist() if name.endswith((".py", ".c", ".h"))}
+    files = [path for suffix in ("py", "c", "h") for path in (source / "agd_vllm").rglob(f"*.{suffix}")]
     assert packed == {str(path.relative_to(source)) for path in files}

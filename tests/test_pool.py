@@ -488,3 +488,82 @@ def test_calls_are_traced():
         assert (score.track, score.args) == ("worker 0", {"steps": 2, "tokens": 6})
 
     run(scenario)
+
+
+# Prompts ahead of need
+
+
+def test_prompts_are_computed_ahead_when_nothing_else_waits_and_their_first_step_sends_nothing_twice():
+    worker = FakeWorker()
+    client = Client(worker)
+
+    async def scenario():
+        client.pool.prefill("a", [0, 1, 2], ROI)
+        client.pool.prefill("b", [0, 1, 2], ROI)
+        assert await client.score("c") == scores(3)
+        while len(worker.batches) < 2:
+            await asyncio.sleep(0)
+        assert worker.sent() == [["c"], ["a", "b"]]
+        assert await client.score("a", 5) == scores(5)
+        assert [(request.start, request.token_ids) for request in worker.batches[-1]] == [(3, [3, 4])]
+
+    run(scenario)
+
+
+def test_a_prompt_whose_step_comes_first_or_whose_row_has_ended_is_not_computed_ahead():
+    worker = FakeWorker()
+    client = Client(worker)
+
+    async def scenario():
+        for name in ("stepped", "ended", "left"):
+            client.pool.prefill(name, [0, 1, 2], ROI)
+        client.pool.release("ended")
+        await client.score("stepped", 4)
+        while len(worker.batches) < 2:
+            await asyncio.sleep(0)
+        assert worker.sent() == [["stepped"], ["left"]]
+
+    run(scenario)
+
+
+def test_no_prompt_is_computed_ahead_where_most_rows_are_never_scored():
+    worker = FakeWorker()
+    client = Client(worker)
+
+    async def scenario():
+        for name in ("a", "b"):
+            client.pool.release(name)
+        client.pool.prefill("c", [0, 1, 2], ROI)
+        await client.score("d")
+        await asyncio.sleep(0.01)
+        assert worker.sent() == [["d"]]
+
+    run(scenario)
+
+
+def test_a_stateless_scorer_gets_no_prompts_ahead():
+    worker = FakeWorker()
+    client = Client(worker, stateful=False)
+
+    async def scenario():
+        client.pool.prefill("a", [0, 1, 2], ROI)
+        await asyncio.sleep(0.01)
+        assert not worker.batches
+
+    run(scenario)
+
+
+def test_a_prompt_that_fails_ahead_fails_with_its_first_step_and_no_other(caplog):
+    worker = FakeWorker(whenever("bad", raises(ValueError("no such head"))))
+    client = Client(worker)
+
+    async def scenario():
+        for name in ("bad", "good"):
+            client.pool.prefill(name, [0, 1, 2], ROI)
+        while len(worker.batches) < 3:
+            await asyncio.sleep(0)
+        answers = await client.all(["bad", "good"])
+        assert isinstance(answers["bad"], ValueError) and answers["good"] == scores(3)
+
+    run(scenario)
+    assert not caplog.records

@@ -17,8 +17,9 @@ from agd_vllm.records import Gate, Roi, ScoreRequest
 from agd_vllm.trace import Tracer
 
 MAX_BATCH = 64
-# Tokens that the worker has to compute for one batch: whole prompts, too, must be done well before the deadline.
-MAX_BATCH_TOKENS = 8192
+# Tokens that the worker has to compute for one batch (or one sequence's, if it has more): enough to fill its matrix
+# products, few enough that the steps that wait for whole prompts go on one after another and not all at the end.
+MAX_BATCH_TOKENS = 512
 MAX_FAILURES_IN_A_ROW = 5
 RESTART_POLL_S = 0.5
 
@@ -41,6 +42,7 @@ class _Lane:
     worker: Any
     pending: deque[_Pending] = field(default_factory=deque)
     alone: deque[_Pending] = field(default_factory=deque)  # from failed batches: sent one by one, before `pending`
+    ahead: deque[_Pending] = field(default_factory=deque)  # prompts that nobody waits for yet: sent after all else
     held: dict[str, int] = field(default_factory=dict)  # sequence -> tokens that the worker has seen
     released: list[str] = field(default_factory=list)
     failures: int = 0  # of the worker, since it last scored a batch
@@ -48,19 +50,25 @@ class _Lane:
 
     def next_batch(self) -> list[_Pending]:
         """One request that has to go alone, else as many as the bounds allow and at least one; empty: nothing waits."""
-        return self._take(self.alone, 1) or self._take(self.pending, MAX_BATCH)
+        return self._take(self.alone, 1) or self._take(self.pending, MAX_BATCH) or self._take(self.ahead, MAX_BATCH)
 
     def _take(self, queue: deque[_Pending], size: int) -> list[_Pending]:
         batch: list[_Pending] = []
         tokens = 0
         while queue and len(batch) < size:
-            if not queue[0].scores.done():  # else its row was cancelled, or has failed
+            if not self._needless(queue[0]):
                 tokens += len(queue[0].token_ids) - self.held.get(queue[0].sequence, 0)
                 if batch and tokens > MAX_BATCH_TOKENS:
                     break
                 batch.append(queue[0])
             queue.popleft()
         return batch
+
+    def _needless(self, pending: _Pending) -> bool:
+        """Its row was cancelled or has failed; or a prompt has been sent with its first step, or its row has ended."""
+        if pending.candidate_ids:
+            return pending.scores.done()
+        return pending.scores.done() or self.held.get(pending.sequence) != 0
 
     def forget(self, sequences: Iterable[str]) -> None:
         """The worker may not hold them any more. One that was released meanwhile stays out of `held`."""
@@ -93,6 +101,8 @@ class AttributionPool:
         self._stateful = stateful
         self._deadline_s = deadline_s
         self._lane_of: dict[str, _Lane] = {}
+        self._scored: set[str] = set()
+        self._ended = self._ended_scored = 0
         self._faults = faults
         self._tracer = tracer
 
@@ -101,18 +111,40 @@ class AttributionPool:
 
         Raises WorkerLost, RequestKillsWorker, and what the scorer raises for this request.
         """
+        self._scored.add(sequence)
+        pending = self._add(sequence, token_ids, roi, gate.candidate_ids)
+        return await pending.scores
+
+    def prefill(self, sequence: str, token_ids: Sequence[int], roi: Roi) -> None:
+        """Has the prompt `token_ids` computed while vLLM computes it too, as far as the worker has nothing else to do.
+
+        Not where most of the rows that have ended were never scored.
+        """
+        if self._stateful and 2 * self._ended_scored >= self._ended:
+            self._add(sequence, token_ids, roi, ())
+
+    def _add(self, sequence: str, token_ids: Sequence[int], roi: Roi, candidate_ids: tuple[int, ...]) -> _Pending:
         lane = self._lane_of.get(sequence)
         if lane is None:
             lane = self._lane_of[sequence] = min(self._lanes, key=lambda lane: len(lane.held))
             lane.held[sequence] = 0
-        pending = _Pending(sequence, token_ids, roi, gate.candidate_ids, asyncio.get_running_loop().create_future())
-        lane.pending.append(pending)
+        pending = _Pending(sequence, token_ids, roi, candidate_ids, asyncio.get_running_loop().create_future())
+        if candidate_ids:
+            lane.pending.append(pending)
+        else:
+            # Nobody waits for it: the row's first step finds what is wrong, and says so.
+            pending.scores.add_done_callback(lambda scores: scores.cancelled() or scores.exception())
+            lane.ahead.append(pending)
         if lane.task is None or lane.task.done():
             lane.task = asyncio.create_task(self._work_off(lane))
-        return await pending.scores
+        return pending
 
     def release(self, sequence: str) -> None:
         """The row has ended: its worker may drop its state (told with the next batch)."""
+        self._ended += 1
+        if sequence in self._scored:
+            self._scored.remove(sequence)
+            self._ended_scored += 1
         lane = self._lane_of.pop(sequence, None)
         if lane is None:
             return
@@ -137,7 +169,7 @@ class AttributionPool:
         except Exception as error:
             # Whatever it was: nobody may wait for ever. What is answered leaves the queues with the next batch.
             lost = error if isinstance(error, WorkerLost) else WorkerLost(f"attribution failed: {self._cause(error)}")
-            self._fail([*batch, *lane.alone, *lane.pending], lost)
+            self._fail([*batch, *lane.alone, *lane.pending, *lane.ahead], lost)
 
     async def _score_batch(self, lane: _Lane, batch: list[_Pending]) -> None:
         requests = [self._request(lane, pending) for pending in batch]

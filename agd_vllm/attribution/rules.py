@@ -28,6 +28,7 @@ import torch.nn.functional as F
 class Activation(NamedTuple):
     """An activation phi by its ratio phi(g) / g (1/2 at g = 0) and its derivative phi'(g), both elementwise."""
 
+    name: str
     ratio: Callable[[torch.Tensor], torch.Tensor]
     derivative: Callable[[torch.Tensor], torch.Tensor]
 
@@ -40,6 +41,7 @@ class Rule:
     `through_norm`: the RMS is differentiated, not held constant. `gate` gives the two factors of a gated product.
     """
 
+    name: str
     scores: float
     values: float
     through_norm: bool
@@ -145,9 +147,9 @@ def _ixg_gate(activation: Activation, ratio: torch.Tensor, gate: torch.Tensor, u
 
 
 RULES = {
-    "attnlrp": Rule(scores=1 / 4, values=1 / 2, through_norm=False, gate=_attnlrp_gate),
-    "cplrp": Rule(scores=0, values=1, through_norm=False, gate=_cplrp_gate),
-    "ixg": Rule(scores=1, values=1, through_norm=True, gate=_ixg_gate),
+    "attnlrp": Rule("attnlrp", scores=1 / 4, values=1 / 2, through_norm=False, gate=_attnlrp_gate),
+    "cplrp": Rule("cplrp", scores=0, values=1, through_norm=False, gate=_cplrp_gate),
+    "ixg": Rule("ixg", scores=1, values=1, through_norm=True, gate=_ixg_gate),
 }
 
 
@@ -169,8 +171,8 @@ def _gelu_tanh_derivative(g: torch.Tensor) -> torch.Tensor:
 
 
 ACTIVATIONS = {
-    "silu": Activation(torch.sigmoid, _silu_derivative),
-    "gelu_pytorch_tanh": Activation(lambda g: (1 + _gelu_tanh(g)) / 2, _gelu_tanh_derivative),
+    "silu": Activation("silu", torch.sigmoid, _silu_derivative),
+    "gelu_pytorch_tanh": Activation("gelu_pytorch_tanh", lambda g: (1 + _gelu_tanh(g)) / 2, _gelu_tanh_derivative),
 }
 
 

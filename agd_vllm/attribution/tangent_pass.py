@@ -8,7 +8,8 @@ import torch
 
 from agd_vllm.attribution.adapters import Layer, Norm, adapt
 from agd_vllm.attribution.hf_model import HFModel
-from agd_vllm.attribution.rules import RULES, gated, linear, rms_norm, rope
+from agd_vllm.attribution.operations import operations
+from agd_vllm.attribution.rules import RULES
 from agd_vllm.attribution.sequence_attention import SequenceAttention
 from agd_vllm.attribution.tangent_cache import CachedSequence
 from agd_vllm.kernels import cached_attention
@@ -30,6 +31,7 @@ class TangentPass:
         self.hf = hf
         self.rule = RULES[rule]
         self.decoder = adapt(hf)
+        self.ops = operations(hf, self.decoder, self.rule)
         self.key_tangents = self.rule.scores != 0
         # A CPU multiplies small bfloat16 batches slower than float32 ones; a GPU needs the memory more.
         self.attention_dtype = torch.float32 if hf.device.type == "cpu" else hf.unembedding.dtype
@@ -43,20 +45,20 @@ class TangentPass:
         streams = self._embed(segments)
         attend = self._attention(segments)
         tables = self._rope_tables(segments)
+        out = None
         for index, layer in enumerate(self.decoder.layers):
-            normed = self._norm(streams, layer.attention_norm)
+            normed = self.ops.norm(streams, layer.attention_norm, out)
             out = self._attend(index, layer, normed, segments, attend, tables[layer.rope])
-            streams += self._norm(out, layer.attention_output_norm)
-            normed = self._norm(streams, layer.mlp_norm)
-            gate, up = self._linear(normed, layer.gate), self._linear(normed, layer.up)
-            out = self._linear(gated(gate.float(), up.float(), self.decoder.activation, self.rule), layer.down)
-            streams += self._norm(out, layer.mlp_output_norm)
+            normed = self.ops.norm(streams, layer.mlp_norm, self._norm(out, layer.attention_output_norm))
+            gate, up = self.ops.linear(normed, layer.gate), self.ops.linear(normed, layer.up)
+            out = self.ops.linear(self.ops.gated(gate, up), layer.down)
+            out = self._norm(out, layer.mlp_output_norm)
         ends, end = [], 0
         for sequence, count in segments:
             sequence.length += count
             end += count
             ends.append(end - 1)
-        return self._norm(streams[:, ends], self.decoder.final_norm)
+        return self.ops.exact_norm(streams[:, ends] + out[:, ends], self.decoder.final_norm)
 
     def _embed(self, segments: Sequence[tuple[CachedSequence, int]]) -> torch.Tensor:
         """Streams [S, N, d] at the input: embeddings E, and m * E for each region."""
@@ -98,9 +100,9 @@ class TangentPass:
         hf, dtype = self.hf, self.attention_dtype
         # CP-LRP holds attention weights constant: queries and keys need no tangent.
         scored = normed if self.key_tangents else normed[:1]
-        queries = self._heads(scored, layer.q, layer.q_norm, table) * layer.scaling
-        keys = self._heads(scored, layer.k, layer.k_norm, table)
-        values = self._linear(normed, layer.v).unflatten(-1, (hf.num_kv_heads, hf.head_dim))
+        queries = self._heads(scored, layer.q, layer.q_norm, table, layer.scaling)
+        keys = self._heads(scored, layer.k, layer.k_norm, table, 1)
+        values = self.ops.linear(normed, layer.v).unflatten(-1, (hf.num_kv_heads, hf.head_dim))
         out = attend(index, queries.to(dtype), keys.to(dtype), values.to(dtype), layer.window)
         offset = 0
         for sequence, count in segments:
@@ -110,17 +112,20 @@ class TangentPass:
                 for head in heads.get(index, ()):
                     out[region, here, head] += out[0, here, head]
             offset += count
-        return self._linear(out.flatten(2), layer.o)
+        return self.ops.linear(out.flatten(2), layer.o)
 
     def _heads(
-        self, normed: torch.Tensor, projection, norm: Norm | None, table: tuple[torch.Tensor, torch.Tensor]
+        self,
+        normed: torch.Tensor,
+        projection,
+        norm: Norm | None,
+        table: tuple[torch.Tensor, torch.Tensor],
+        scale: float,
     ) -> torch.Tensor:
         """Rotated queries or keys, float32 [S, N, H, D]."""
-        heads = self._linear(normed, projection).unflatten(-1, (-1, self.hf.head_dim)).float()
-        return rope(self._norm(heads, norm), *table)
-
-    def _linear(self, streams: torch.Tensor, module: torch.nn.Linear) -> torch.Tensor:
-        return linear(streams, module.weight, module.bias)
+        heads = self.ops.linear(normed, projection).unflatten(-1, (-1, self.hf.head_dim))
+        return self.ops.rope(self._norm(heads, norm), table, scale)
 
     def _norm(self, streams: torch.Tensor, norm: Norm | None) -> torch.Tensor:
-        return streams if norm is None else rms_norm(streams.float(), norm.gain, norm.eps, self.rule)
+        """As they are where the architecture has no norm there."""
+        return streams if norm is None else self.ops.exact_norm(streams.float(), norm)

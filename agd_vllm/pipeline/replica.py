@@ -53,7 +53,7 @@ class Progress:
 
 
 class Replica:
-    """A plain class; `placement` makes it an async Ray actor, whose calls may begin in another order than they were made."""
+    """A plain class; `placement` makes it an async Ray actor, whose calls may begin in any order."""
 
     def __init__(self, model: ModelInfo, engine: EngineSettings, gate: GateSettings, traced: bool, debug: bool):
         self._model = model

@@ -40,6 +40,8 @@ async def decode_row(
         for attempt in range(1, SESSIONS_PER_ROW + 1):
             try:
                 async with engine.session(row, gated, stops) as session:
+                    if gated:
+                        pool.prefill(row.id, row.prompt_token_ids, row.roi)
                     reason = await _run_session(session, engine, pool, row, stops, steps, faults)
                 break
             except SessionStalled:

@@ -11,6 +11,7 @@ from agd_vllm.attribution.rules import RULES
 from agd_vllm.attribution.sequence_attention import SequenceAttention
 from agd_vllm.attribution.tangent_cache import CachedSequence, CacheShape
 from agd_vllm.kernels import cached_attention
+from agd_vllm.kernels import compiled as compiled_kernels
 from agd_vllm.records import Roi, Span
 
 LAYERS = 2
@@ -105,13 +106,13 @@ def test_scores_of_any_size_are_safe():
 def test_without_a_compiler_it_says_so_once_and_the_twin_is_used(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "false")
-    for cached in (cached_attention.available, cached_attention._library):
+    for cached in (compiled_kernels.available, compiled_kernels.library):
         cached.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "agd_vllm"):
             assert not cached_attention.available(64) and not cached_attention.available(64)
     finally:
-        for cached in (cached_attention.available, cached_attention._library):
+        for cached in (compiled_kernels.available, compiled_kernels.library):
             cached.cache_clear()
     assert [record.message.split(":")[0] for record in caplog.records] == [
         "scoring is slower without a C compiler (gcc with OpenMP)"

@@ -1,0 +1,170 @@
+// What lies between the linear layers of the tangent pass, on a CPU: each a single pass over its streams.
+// kernels/streams.py says what the arguments hold; agd_vllm/attribution/rules.py has the rules and the twins.
+
+#include <math.h>
+
+#include "lanes.h"
+
+// Rows of floats, or of bfloat16 if `half`.
+typedef struct {
+    void *data;
+    int32_t half;
+} Rows;
+
+INLINE float bits_to_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// To the nearest, ties to even, as PyTorch does.
+INLINE uint16_t to_half(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE float get(const void *data, int half, int64_t i) {
+    return half ? bits_to_float((uint32_t)((const uint16_t *)data)[i] << 16) : ((const float *)data)[i];
+}
+
+INLINE void put(void *data, int half, int64_t i, float x) {
+    if (half)
+        ((uint16_t *)data)[i] = to_half(x);
+    else
+        ((float *)data)[i] = x;
+}
+
+// The compiler makes a loop of its own for each kind of rows.
+#define FOR_KINDS(rows, call) \
+    do {                      \
+        if ((rows)->half) {   \
+            enum { half = 1 };\
+            call;             \
+        } else {              \
+            enum { half = 0 };\
+            call;             \
+        }                     \
+    } while (0)
+
+INLINE void add_row(int half, float *to, const void *rows, int64_t from, int64_t dim) {
+#pragma omp simd
+    for (int64_t i = 0; i < dim; i++) to[i] += get(rows, half, from + i);
+}
+
+INLINE void scale_row(int half, void *out, int64_t to, const float *x, const float *gain, float scale,
+                      const float *value, float along, int64_t dim) {
+#pragma omp simd
+    for (int64_t i = 0; i < dim; i++) put(out, half, to + i, gain[i] * (x[i] * scale - value[i] * along));
+}
+
+// streams [streams, rows, dim] += added, where there is any; out = their norm.
+void agd_rms_norm(float *streams, const Rows *added, const float *gain, Rows *out, int64_t num_streams, int64_t rows,
+                  int64_t dim, float eps, int32_t through_norm) {
+#pragma omp parallel for
+    for (int64_t row = 0; row < rows; row++) {
+        float *value = streams + row * dim, total = 0, scale = 0;
+        for (int64_t stream = 0; stream < num_streams; stream++) {
+            const int64_t from = (stream * rows + row) * dim;
+            float *x = streams + from, along = 0;
+            if (added->data) FOR_KINDS(added, add_row(half, x, added->data, from, dim));
+            if (stream == 0) {
+#pragma omp simd reduction(+ : total)
+                for (int64_t i = 0; i < dim; i++) total += x[i] * x[i];
+                scale = 1 / sqrtf(total / dim + eps);
+            } else if (through_norm) {
+#pragma omp simd reduction(+ : along)
+                for (int64_t i = 0; i < dim; i++) along += x[i] * value[i];
+                along *= scale * scale * scale / dim;
+            }
+            FOR_KINDS(out, scale_row(half, out->data, from, x, gain, scale, value, along, dim));
+        }
+    }
+}
+
+INLINE void rotate(int half, float *out, const void *x, int64_t from, const float *cosine, const float *sine,
+                   float scale, int64_t dim) {
+    const int64_t middle = dim / 2;
+#pragma omp simd
+    for (int64_t i = 0; i < middle; i++) {
+        const float low = get(x, half, from + i), high = get(x, half, from + middle + i);
+        out[i] = scale * (low * cosine[i] + high * sine[i]);
+        out[middle + i] = scale * (high * cosine[middle + i] + low * sine[middle + i]);
+    }
+}
+
+// Heads [streams, rows, heads, dim] by the tables [rows, dim] of their positions, times `scale`.
+void agd_rope(const Rows *x, const float *cosine, const float *signed_sine, float *out, int64_t num_streams,
+              int64_t rows, int64_t heads, int64_t dim, float scale) {
+#pragma omp parallel for
+    for (int64_t i = 0; i < num_streams * rows; i++)
+        for (int64_t head = 0; head < heads; head++) {
+            const int64_t from = (i * heads + head) * dim, table = i % rows * dim;
+            FOR_KINDS(x, rotate(half, out + from, x->data, from, cosine + table, signed_sine + table, scale, dim));
+        }
+}
+
+// 1 / (1 + exp(-x))
+INLINE float sigmoid(float x) {
+    const float e = exponential(-fabsf(x));
+    return (x < 0 ? e : 1) / (1 + e);
+}
+
+enum { SILU, GELU_TANH };
+enum { ATTNLRP, CPLRP, IXG };
+
+// Elements whose factors are kept while the tangents use them.
+#define CHUNK 64
+
+INLINE void gate_row(int half, int activation, int rule, const void *gate, const void *up, void *out, int64_t plane,
+                     int64_t num_streams, int64_t from, int64_t dim) {
+    const float scale = 0.79788456f, cubic = 0.044715f;  // sqrt(2 / pi): the tanh approximation of GELU
+    for (int64_t start = from; start < from + dim; start += CHUNK) {
+        float on_gate[CHUNK], on_up[CHUNK];
+        const int64_t count = from + dim - start < CHUNK ? from + dim - start : CHUNK;
+#pragma omp simd
+        for (int64_t i = 0; i < count; i++) {
+            const float g = get(gate, half, start + i), u = get(up, half, start + i);
+            // phi(g) / g: silu's is the sigmoid, and (1 + tanh z) / 2 is the sigmoid of 2 z.
+            const float ratio = sigmoid(activation == SILU ? g : 2 * scale * (g + cubic * g * g * g));
+            const float curve = ratio * (1 - ratio) * g;
+            const float slope = ratio + (activation == SILU ? curve : 2 * scale * (1 + 3 * cubic * g * g) * curve);
+            on_gate[i] = rule == ATTNLRP ? ratio * u / 2 : rule == CPLRP ? 0 : slope * u;
+            on_up[i] = rule == ATTNLRP ? ratio * g / 2 : ratio * g;
+            put(out, half, start + i, g * ratio * u);
+        }
+        for (int64_t stream = 1; stream < num_streams; stream++) {
+            const int64_t at = stream * plane + start;
+#pragma omp simd
+            for (int64_t i = 0; i < count; i++)
+                put(out, half, at + i, on_gate[i] * get(gate, half, at + i) + on_up[i] * get(up, half, at + i));
+        }
+    }
+}
+
+#define GATE(activation, rule)                                                                                  \
+    FOR_KINDS(gate, gate_row(half, activation, rule, gate->data, up->data, out->data, rows * dim, num_streams,  \
+                             row * dim, dim))
+
+// gate, up and out [streams, rows, dim], all of one kind.
+void agd_gated(const Rows *gate, const Rows *up, Rows *out, int64_t num_streams, int64_t rows, int64_t dim,
+               int32_t activation, int32_t rule) {
+#pragma omp parallel for
+    for (int64_t row = 0; row < rows; row++) {
+        if (activation == SILU) {
+            if (rule == ATTNLRP)
+                GATE(SILU, ATTNLRP);
+            else if (rule == CPLRP)
+                GATE(SILU, CPLRP);
+            else
+                GATE(SILU, IXG);
+        } else {
+            if (rule == ATTNLRP)
+                GATE(GELU_TANH, ATTNLRP);
+            else if (rule == CPLRP)
+                GATE(GELU_TANH, CPLRP);
+            else
+                GATE(GELU_TANH, IXG);
+        }
+    }
+}
