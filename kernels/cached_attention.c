@@ -8,13 +8,13 @@
 
 // Queries of one task: their scores for some thousand keys still lie in the second-level cache.
 #define TOKENS 8
-// Keys whose values stay in the first-level cache while every query of the task reads them.
+// Keys whose values are read while every query of the task uses them: they stay in the first-level cache.
 #define TILE 32
 // Keys that a query meets at once.
 #define KEYS 8
 
 typedef struct {
-    float *keys, *values;  // of layer 0: [layers, kv_heads, streams, capacity, head_dim]
+    void *keys, *values;  // of layer 0: [layers, kv_heads, streams, capacity, head_dim]
     int64_t capacity;
     int64_t length;  // tokens in the cache before this call
     int64_t count;   // new ones
@@ -23,6 +23,7 @@ typedef struct {
 
 typedef struct {
     int64_t rows, streams, key_streams, heads, kv_heads, window;
+    int64_t half;  // the caches hold bfloat16, else float
     float score_factor, value_factor;
 } Shape;
 
@@ -91,18 +92,24 @@ static void softmax(float *scores, int64_t from, int64_t to, int64_t streams, in
     }
 }
 
+// `count` rows of a cache as floats.
+INLINE void read_rows(const int half, const void *cache, int64_t from, int64_t count, float *to) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) to[i] = get(cache, half, from + i);
+}
+
 // One task: `count` queries of each head of one group, from token `start` on, over the keys that they can see.
-INLINE void attend_group(const int dim, const Sequence *sequence, const Shape *shape, int64_t layer, int64_t kv_head,
+INLINE void attend_group(const int dim, const int half, const Sequence *sequence, const Shape *shape, int64_t layer, int64_t kv_head,
                          int64_t start, int64_t count, const float *queries, float *out, float *workspace) {
     const int64_t group = shape->heads / shape->kv_heads, streams = shape->streams, key_streams = shape->key_streams;
     const int64_t plane = sequence->capacity * dim, stride = shape->rows * shape->heads * dim;
-    const float *keys = sequence->keys + (layer * shape->kv_heads + kv_head) * key_streams * plane;
-    const float *values = sequence->values + (layer * shape->kv_heads + kv_head) * streams * plane;
+    const int64_t keys = (layer * shape->kv_heads + kv_head) * key_streams * plane;
+    const int64_t values = (layer * shape->kv_heads + kv_head) * streams * plane;
     const int64_t before = sequence->length + start, end = before + count, window = shape->window;
     const int64_t first = window && before + 1 > window ? before + 1 - window : 0, num_keys = end - first;
     const int64_t width = (num_keys + KEYS - 1) / KEYS * KEYS, num_queries = count * group;
     float *const packed = workspace, *const tile = packed + num_queries * streams * dim;
-    float *const scores = tile + KEYS * streams * dim;
+    float *const scores = tile + TILE * streams * dim;
     // Heads of a group lie side by side, tokens after one another, streams in planes.
 #define ROW(query, stream)                                                                                         \
     ((((sequence->row + start + (query) / group) * shape->heads) + kv_head * group + (query) % group) * dim + \
@@ -114,7 +121,8 @@ INLINE void attend_group(const int dim, const Sequence *sequence, const Shape *s
     for (int64_t key = 0; key < num_keys; key += KEYS) {
         const int64_t there = num_keys - key < KEYS ? num_keys - key : KEYS;
         for (int64_t stream = 0; stream < key_streams; stream++)
-            memcpy(tile + stream * KEYS * dim, keys + stream * plane + (first + key) * dim, there * dim * sizeof(float));
+            read_rows(half, sequence->keys, keys + stream * plane + (first + key) * dim, there * dim,
+                      tile + stream * KEYS * dim);
         for (int64_t query = 0; query < num_queries; query++) {
             const float *q = packed + query * streams * dim;
             float *to = scores + query * key_streams * width + key;
@@ -132,9 +140,13 @@ INLINE void attend_group(const int dim, const Sequence *sequence, const Shape *s
     static const float nothing[TILE];
     memset(packed, 0, num_queries * streams * dim * sizeof(float));
     for (int64_t key = 0; key < num_keys; key += TILE) {
+        const int64_t there = num_keys - key < TILE ? num_keys - key : TILE;
+        for (int64_t stream = 0; stream < streams; stream++)
+            read_rows(half, sequence->values, values + stream * plane + (first + key) * dim, there * dim,
+                      tile + stream * TILE * dim);
         for (int64_t query = 0; query < num_queries; query++) {
             const int64_t low = FROM(query) > key ? FROM(query) : key, high = TO(query) < key + TILE ? TO(query) : key + TILE;
-            const float *weights = scores + query * key_streams * width + low, *rows = values + (first + low) * dim;
+            const float *weights = scores + query * key_streams * width + low, *rows = tile + (low - key) * dim;
             float *o = packed + query * streams * dim;
             if (high <= low) continue;
             const int64_t count = high - low, half = count / 2;
@@ -143,7 +155,7 @@ INLINE void attend_group(const int dim, const Sequence *sequence, const Shape *s
             for (int64_t stream = 1; stream < streams; stream++) {
                 // CP-LRP: the weights have no tangent.
                 const float *changes = stream < key_streams ? weights + stream * width : nothing;
-                add_rows(dim, count, rows, changes, rows + stream * plane, weights, shape->value_factor, o + stream * dim);
+                add_rows(dim, count, rows, changes, rows + stream * TILE * dim, weights, shape->value_factor, o + stream * dim);
             }
         }
     }
@@ -153,15 +165,20 @@ INLINE void attend_group(const int dim, const Sequence *sequence, const Shape *s
 }
 
 // New rows [streams, rows, kv_heads, dim] of one sequence into its cache.
-static void append(float *cache, const float *fresh, const Sequence *sequence, int64_t streams, const Shape *shape,
+static void append(void *cache, const float *fresh, const Sequence *sequence, int64_t streams, const Shape *shape,
                    int64_t layer, int64_t dim) {
     for (int64_t head = 0; head < shape->kv_heads; head++)
         for (int64_t stream = 0; stream < streams; stream++)
-            for (int64_t token = 0; token < sequence->count; token++)
-                memcpy(cache + ((((layer * shape->kv_heads + head) * streams + stream) * sequence->capacity) +
-                                sequence->length + token) * dim,
-                       fresh + ((stream * shape->rows + sequence->row + token) * shape->kv_heads + head) * dim,
-                       dim * sizeof(float));
+            for (int64_t token = 0; token < sequence->count; token++) {
+                const int64_t to = (((layer * shape->kv_heads + head) * streams + stream) * sequence->capacity +
+                                    sequence->length + token) * dim;
+                const float *from =
+                    fresh + ((stream * shape->rows + sequence->row + token) * shape->kv_heads + head) * dim;
+                if (shape->half)
+                    for (int64_t i = 0; i < dim; i++) put(cache, 1, to + i, from[i]);
+                else
+                    memcpy((float *)cache + to, from, dim * sizeof(float));
+            }
 }
 
 // Returns 0; 1 for a head size that it has no code for; 2 where memory is short.
@@ -176,7 +193,7 @@ int agd_cached_attention(const Sequence *sequences, int64_t num_sequences, const
         longest = length > longest ? length : longest;
     }
     const int64_t rows = TOKENS * (shape->heads / shape->kv_heads);
-    const int64_t floats = (rows + KEYS) * shape->streams * dim + rows * shape->key_streams * (longest + KEYS);
+    const int64_t floats = (rows + TILE) * shape->streams * dim + rows * shape->key_streams * (longest + KEYS);
     int failed = 0;
 #pragma omp parallel reduction(| : failed)
     {
@@ -196,7 +213,10 @@ int agd_cached_attention(const Sequence *sequences, int64_t num_sequences, const
                     const int64_t count = left < TOKENS ? left : TOKENS;
 #define CASE(size)                                                                                        \
     case size:                                                                                            \
-        attend_group(size, sequences + i, shape, layer, head, start, count, queries, out, workspace);     \
+        if (shape->half)                                                                                  \
+            attend_group(size, 1, sequences + i, shape, layer, head, start, count, queries, out, workspace); \
+        else                                                                                              \
+            attend_group(size, 0, sequences + i, shape, layer, head, start, count, queries, out, workspace); \
         break
                     switch (dim) {
                         CASE(64);

@@ -17,12 +17,15 @@ HEAD_DIMS = (64, 96, 128, 256)
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("rows", "streams", "key_streams", "heads", "kv_heads", "window")]
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("rows", "streams", "key_streams", "heads", "kv_heads", "window", "half")
+    ]
     _fields_ += [("score_factor", ctypes.c_float), ("value_factor", ctypes.c_float)]
 
 
 class CachedAttention:
-    """Ragged sequences of one batch: caches [layers, K, streams, capacity, D] float32, `length` tokens in them each.
+    """Ragged sequences of one batch: caches [layers, K, streams, capacity, D] in float32 or bfloat16, with
+    `length` tokens in them each.
 
     `sequences`: (keys, values, length, count) of each, whose `count` new tokens are the next rows of the batch.
     `score_factor` and `value_factor` are the rule's f and h. Only where `available`.
@@ -45,6 +48,7 @@ class CachedAttention:
             streams=values.shape[2],
             key_streams=keys.shape[2],
             kv_heads=keys.shape[1],
+            half=keys.dtype == torch.bfloat16,
             score_factor=score_factor,
             value_factor=value_factor,
         )
@@ -53,7 +57,7 @@ class CachedAttention:
     def __call__(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None
     ) -> torch.Tensor:
-        """One layer: adds the new keys and values to the caches and attends.
+        """One layer: adds the new keys and values, float32, to the caches and attends.
 
         queries [key streams, rows, H, D] (scaled by 1 / sqrt(d)), keys [key streams, rows, K, D], values
         [S, rows, K, D]; `window`: a query sees that many positions, its own included. Returns [S, rows, H, D].

@@ -11,6 +11,31 @@
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
 
+INLINE float bits_to_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// float to bfloat16, to the nearest, ties to even, as PyTorch does.
+INLINE uint16_t to_half(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// The i-th of floats, or of bfloat16 if `half`.
+INLINE float get(const void *data, int half, int64_t i) {
+    return half ? bits_to_float((uint32_t)((const uint16_t *)data)[i] << 16) : ((const float *)data)[i];
+}
+
+INLINE void put(void *data, int half, int64_t i, float x) {
+    if (half)
+        ((uint16_t *)data)[i] = to_half(x);
+    else
+        ((float *)data)[i] = x;
+}
+
 INLINE lanes load(const float *from) { return *(const lanes *)from; }
 
 // exp(x) of x <= 0, to 2 units in the last place, in a form that compilers vectorise; NaN stays NaN. Below the smallest

@@ -11,30 +11,6 @@ typedef struct {
     int32_t half;
 } Rows;
 
-INLINE float bits_to_float(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-// To the nearest, ties to even, as PyTorch does.
-INLINE uint16_t to_half(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-INLINE float get(const void *data, int half, int64_t i) {
-    return half ? bits_to_float((uint32_t)((const uint16_t *)data)[i] << 16) : ((const float *)data)[i];
-}
-
-INLINE void put(void *data, int half, int64_t i, float x) {
-    if (half)
-        ((uint16_t *)data)[i] = to_half(x);
-    else
-        ((float *)data)[i] = x;
-}
-
 // The compiler makes a loop of its own for each kind of rows.
 #define FOR_KINDS(rows, call) \
     do {                      \

@@ -69,7 +69,7 @@ class ForwardScorer:
             num_kv_heads=self.hf.num_kv_heads,
             head_dim=self.hf.head_dim,
             key_tangents=self.tangents.key_tangents,
-            dtype=self.tangents.attention_dtype,
+            dtype=self.tangents.cache_dtype,
             device=self.hf.device,
         )
         if cache_bytes is None:

@@ -46,13 +46,15 @@ class SequenceAttention:
     def __call__(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None
     ) -> torch.Tensor:
-        """One layer: adds the new keys and values to the caches and attends.
+        """One layer: adds the new keys and values, float32, to the caches and attends in the dtype of these.
 
         queries [key streams, N, H, D] (scaled by 1 / sqrt(d)), keys [key streams, N, K, D], values [S, N, K, D];
         `window`: a query sees that many positions, its own included. Returns [S, N, H, D].
         """
         num_streams, num_tokens, kv_heads, head_dim = values.shape
         num_heads = queries.shape[2]
+        dtype = self._segments[0][0].values.dtype
+        queries, keys, values = queries.to(dtype), keys.to(dtype), values.to(dtype)
         if window not in self._blocks_of:
             self._blocks_of[window] = [
                 self._blocks(sequence.length, count, window, num_heads, kv_heads) for sequence, count in self._segments

@@ -156,7 +156,7 @@ class TangentCache:
         """Make room for `tokens` in `sequence`, evicting others but none of `pinned` for it."""
         if tokens <= sequence.capacity:
             return
-        capacity = max(tokens + HEADROOM, sequence.capacity * 5 // 4)
+        capacity = max(tokens + HEADROOM, sequence.capacity * 3 // 2)
         before = sequence.num_bytes
         self.evict(capacity * self.shape.token_bytes(len(sequence.rois)) - before, pinned)
         sequence.reserve(capacity)

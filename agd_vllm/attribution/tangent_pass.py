@@ -23,8 +23,8 @@ class TangentPass:
 
     The linear layers see the tokens of all sequences side by side, [S, N, d]; in attention each sequence has its own
     cache.
-    The residual stream, norms, softmax and gates are float32, linear layers take the weights' dtype, and attention and
-    its cache `attention_dtype`.
+    The residual stream, norms, softmax and gates are float32, linear layers take the weights' dtype, and the caches
+    `cache_dtype`.
     """
 
     def __init__(self, hf: HFModel, rule: str):
@@ -33,8 +33,11 @@ class TangentPass:
         self.decoder = adapt(hf)
         self.ops = operations(hf, self.decoder, self.rule)
         self.key_tangents = self.rule.scores != 0
-        # A CPU multiplies small bfloat16 batches slower than float32 ones; a GPU needs the memory more.
-        self.attention_dtype = torch.float32 if hf.device.type == "cpu" else hf.unembedding.dtype
+        self._compiled_attention = hf.device.type == "cpu" and cached_attention.available(hf.head_dim)
+        self.cache_dtype = hf.unembedding.dtype
+        if hf.device.type == "cpu" and not self._compiled_attention:
+            # PyTorch multiplies small bfloat16 batches slower than float32 ones there.
+            self.cache_dtype = torch.float32
 
     def extend(self, segments: Sequence[tuple[CachedSequence, int]]) -> torch.Tensor:
         """Compute the next tokens of each sequence, for which there must be room, and add them to its cache.
@@ -81,8 +84,8 @@ class TangentPass:
         return tables
 
     def _attention(self, segments: Sequence[tuple[CachedSequence, int]]) -> Attend:
-        rule, hf = self.rule, self.hf
-        if hf.device.type == "cpu" and cached_attention.available(hf.head_dim):
+        rule = self.rule
+        if self._compiled_attention:
             caches = [(sequence.keys, sequence.values, sequence.length, count) for sequence, count in segments]
             return cached_attention.CachedAttention(caches, rule.scores, rule.values)
         return SequenceAttention(segments, rule)
@@ -97,13 +100,13 @@ class TangentPass:
         table: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         """Attention of one layer, output projection included: [S, N, d] to [S, N, d]; fills the layer's cache."""
-        hf, dtype = self.hf, self.attention_dtype
+        hf = self.hf
         # CP-LRP holds attention weights constant: queries and keys need no tangent.
         scored = normed if self.key_tangents else normed[:1]
         queries = self._heads(scored, layer.q, layer.q_norm, table, layer.scaling)
         keys = self._heads(scored, layer.k, layer.k_norm, table, 1)
-        values = self.ops.linear(normed, layer.v).unflatten(-1, (hf.num_kv_heads, hf.head_dim))
-        out = attend(index, queries.to(dtype), keys.to(dtype), values.to(dtype), layer.window)
+        values = self.ops.linear(normed, layer.v).unflatten(-1, (hf.num_kv_heads, hf.head_dim)).float()
+        out = attend(index, queries, keys, values, layer.window)
         offset = 0
         for sequence, count in segments:
             here = slice(offset, offset + count)

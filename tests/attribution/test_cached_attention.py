@@ -1,6 +1,7 @@
 """The compiled attention of a CPU against its twin in PyTorch."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,9 +24,9 @@ def compiler():
         pytest.skip("needs a C compiler with OpenMP")
 
 
-def batch(rule: str, kv_heads: int, group: int, head_dim: int, regions: int, sequences: list[tuple[int, int]]):
+def batch(rule, kv_heads, group, head_dim, regions, sequences: list[tuple[int, int]], dtype=torch.float32):
     """Caches with random content up to each length, and the queries, keys and values of the new tokens."""
-    shape = CacheShape(LAYERS, kv_heads, head_dim, RULES[rule].scores != 0, torch.float32, torch.device("cpu"))
+    shape = CacheShape(LAYERS, kv_heads, head_dim, RULES[rule].scores != 0, dtype, torch.device("cpu"))
     segments = []
     for length, count in sequences:
         sequence = CachedSequence(shape, (Roi((Span(0, 1),)),) * regions)
@@ -78,6 +79,24 @@ def test_it_attends_and_fills_the_caches_as_its_twin(rule, kv_heads, group, head
     for (sequence, _), (our_keys, our_values) in zip(segments, filled, strict=True):
         assert torch.equal(our_keys.nan_to_num(9), sequence.keys.nan_to_num(9))
         assert torch.equal(our_values.nan_to_num(9), sequence.values.nan_to_num(9))
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("rule", list(RULES))
+def test_bfloat16_caches_are_read_and_filled(rule, window):
+    """The twin rounds everything in between, too, so it gets what the caches hold in float32."""
+    torch.manual_seed(0)
+    segments, queries, keys, values = batch(rule, 3, 2, 64, 2, [(100, 3), (0, 40), (77, 1)], torch.bfloat16)
+    in_float = [(replace(sequence, shape=replace(sequence.shape, dtype=torch.float32)), n) for sequence, n in segments]
+    for (sequence, _), (twin, _) in zip(segments, in_float, strict=True):
+        twin.keys, twin.values = sequence.keys.float(), sequence.values.float()
+    ours = compiled(segments, rule)(1, queries, keys, values, window)
+    rounded = keys.bfloat16().float(), values.bfloat16().float()
+    theirs = SequenceAttention(in_float, RULES[rule])(1, queries, *rounded, window)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+    for (sequence, _), (twin, _) in zip(segments, in_float, strict=True):
+        assert torch.equal(sequence.keys.float().nan_to_num(9), twin.keys.nan_to_num(9))
+        assert torch.equal(sequence.values.float().nan_to_num(9), twin.values.nan_to_num(9))
 
 
 def test_a_sequence_gets_the_same_bits_whatever_is_beside_it():
