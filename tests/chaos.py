@@ -140,8 +140,8 @@ def await_end(processes: list[psutil.Process], timeout: float) -> None:
 def unleash(model: Path, folder: Path, kills: list[str], rows: int, seed: int) -> dict[str, Any]:
     """Runs undisturbed, then with `kills` (names of PARTS, in this order), compares; returns what happened."""
     rng = random.Random(seed)
-    # With two workers, which batch the steps otherwise: the output must not depend on that either.
-    calm = ChaosRun(model, folder / "calm", rows, "--attribution-workers", "2")
+    # With two engines and two workers, which batch rows and steps otherwise: the output must not depend on that either.
+    calm = ChaosRun(model, folder / "calm", rows, "--engines", "2", "--attribution-workers", "2")
     stormy = ChaosRun(model, folder / "stormy", rows)
     assert calm.start().wait() == 0, calm.log()
     waiting, launches, agents = list(kills), 0, []

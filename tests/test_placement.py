@@ -2,7 +2,7 @@
 
 import pytest
 
-from agd_vllm.pipeline.placement import Demand, gpu_shares
+from agd_vllm.pipeline.placement import Cluster, Demand, gpu_shares, layout
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,16 @@ def test_shares(gpus, demand, shares):
 def test_an_engine_over_several_gpus_needs_them_all():
     with pytest.raises(RuntimeError, match=r"2 GPUs.*need 3.*tensor_parallel_size"):
         gpu_shares(2, Demand(1, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "engines", "workers", "line"),
+    [
+        (Cluster(True, 0, 0), [[0]], [[1]], "1 engine on cores 0; 1 attribution worker on cores 1"),
+        (Cluster(True, 0, 0), [[0, 1], [2, 3]], [], "2 engines on cores 0,1 / 2,3"),
+        (Cluster(False, 0, 0), [None], [None, None], "1 engine; 2 attribution workers"),
+        (Cluster(True, 2, 0.5), [None], [None], "1 engine on 2 GPUs each; 1 attribution worker on 0.5 GPU each"),
+    ],
+)
+def test_the_header_says_who_runs_where(cluster, engines, workers, line):
+    assert layout(cluster, engines, workers) == line

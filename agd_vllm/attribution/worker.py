@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -71,5 +72,13 @@ class AttributionWorker:
         begun = time.time()
         for sequence in released:
             self._scorer.release(sequence)
-        scores = self._scorer.score(requests)
+        # Imported by now; at the top of this file it would be imported before the cores are said.
+        import torch
+
+        try:
+            scores = self._scorer.score(requests)
+        except torch.AcceleratorError:
+            # A GPU's error stays with the process: every later call would fail. Ray starts another one.
+            logging.getLogger("agd_vllm").exception("the GPU failed; the attribution worker ends")
+            os._exit(1)
         return ScoredBatch(scores, begun, time.time() - begun)

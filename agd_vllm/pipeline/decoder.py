@@ -131,6 +131,7 @@ class Decoder:
         self._scoring: tuple[bool, int | None] | None = None
         self._fleet: Fleet | None = None
         self.load_seconds = 0.0
+        self.layout = ""
 
     def preparer(self, max_model_len: int | None = None) -> Preparer:
         """Rows to tokens and token weights under this run's defaults; `max_model_len` as the engine reports it."""
@@ -179,6 +180,7 @@ class Decoder:
         gate = GateSettings(options.tau, options.top_k, options.min_prob)
         attribution = AttributionSettings(options.scorer, options.rule, options.attribution_dtype or options.dtype)
         engine_cores, worker_cores = placement.cores(cluster, options.engines, workers)
+        self.layout = placement.layout(cluster, engine_cores, worker_cores)
         self._workers = [
             placement.make_worker(cluster, model, replace(attribution, cores=cores), debug) for cores in worker_cores
         ]

@@ -119,6 +119,24 @@ def cores(cluster: Cluster, engines: int, workers: int) -> tuple[list[list[int] 
     return split_cores(engines, workers)
 
 
+def layout(cluster: Cluster, engine_cores: list[list[int] | None], worker_cores: list[list[int] | None]) -> str:
+    """Who runs where, in one line for the run's header."""
+    parts = []
+    for name, gpus, shares in (
+        ("engine", cluster.engine_gpus, engine_cores),
+        ("attribution worker", cluster.worker_gpus, worker_cores),
+    ):
+        if not shares:
+            continue
+        part = f"{len(shares)} {name}{'s' if len(shares) > 1 else ''}"
+        if gpus:
+            part += f" on {gpus:g} GPU{'s' if gpus > 1 else ''} each"
+        elif shares[0] is not None:
+            part += " on cores " + " / ".join(",".join(map(str, share)) for share in shares)
+        parts.append(part)
+    return "; ".join(parts)
+
+
 def make_replica(
     cluster: Cluster, model: ModelInfo, engine: EngineSettings, gate: GateSettings, traced: bool, debug: bool
 ) -> Any:

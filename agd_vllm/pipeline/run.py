@@ -58,7 +58,7 @@ def run_dataset(settings: RunSettings, options: DecoderOptions) -> int:
                 notes.print("nothing left to decode", highlight=False)
             else:
                 notes.print(f"loading {decoder.model.path} ...", highlight=False, soft_wrap=True)
-                _decode(decoder, itertools.chain([first], rows), writer, progress, tally)
+                _decode(decoder, itertools.chain([first], rows), writer, progress, tally, notes)
             writer.flush()
         except BaseException:
             # Interrupted or broken off: what is on disk is counted all the same. The first fault is the one to tell of.
@@ -89,9 +89,15 @@ def _remaining(settings: RunSettings, writer: RunWriter) -> Iterator[InputRow]:
 
 
 def _decode(
-    decoder: Decoder, rows: Iterable[InputRow], writer: RunWriter, progress: ProgressLine, tally: Tally
+    decoder: Decoder,
+    rows: Iterable[InputRow],
+    writer: RunWriter,
+    progress: ProgressLine,
+    tally: Tally,
+    notes: Console,
 ) -> None:
     with decoder, progress:
+        notes.print(decoder.layout, highlight=False, soft_wrap=True)
         try:
             for outcome in decoder.outcomes(rows):
                 if outcome is not None:
