@@ -180,7 +180,7 @@ def source(items):
 
 
 def fleet_of(world, engines):
-    fleet = Fleet(world.make, lambda replica: replica.attach.remote(), engines, FaultLog())
+    fleet = Fleet(world.make, lambda index, replica: replica.attach.remote(), engines, FaultLog())
     fleet.start()
     return fleet
 
@@ -361,25 +361,42 @@ class FakeWorker:
 def decoder_with(workers):
     decoder = Decoder.__new__(Decoder)
     decoder.options = SimpleNamespace(engines=2)
-    decoder._workers, decoder._scoring = workers, None
+    decoder._workers, decoder._infos = workers, None
     return decoder
+
+
+class FakeEngineActor:
+    def __init__(self, world):
+        self.attached = []
+        self.attach = Method(lambda workers, *scoring: self.attached.append((world.now, workers, *scoring)))
 
 
 def test_workers_are_asked_once_and_all_of_them(world):
     workers = [FakeWorker(world, 5.0, WorkerInfo(True, 1000)), FakeWorker(world, 50.0, WorkerInfo(True, 500))]
-    decoder = decoder_with(workers)
-    attached = []
-    replica = SimpleNamespace(attach=Method(lambda *scoring: attached.append((world.now, *scoring))))
-    decoder._attach(replica)
-    decoder._attach(replica)
-    assert attached == [(50.0, workers, True, 750)] * 2
+    decoder, replica = decoder_with(workers), FakeEngineActor(world)
+    decoder._attach(0, replica)
+    decoder._attach(1, replica)
+    assert replica.attached == [(50.0, workers[:1], True, 1000), (50.0, workers[1:], True, 500)]
     assert [worker.asked for worker in workers] == [1, 1]
+
+
+def test_engines_that_share_a_worker_share_its_cache(world):
+    workers = [FakeWorker(world, 5.0, WorkerInfo(True, 1000))]
+    decoder, replica = decoder_with(workers), FakeEngineActor(world)
+    decoder._attach(1, replica)
+    assert replica.attached == [(5.0, workers, True, 500)]
+
+
+def test_without_workers_an_engine_is_told_so(world):
+    replica = FakeEngineActor(world)
+    decoder_with([])._attach(0, replica)
+    assert replica.attached == [(0.0, [], False, None)]
 
 
 def test_a_worker_that_never_starts_ends_the_start(world):
     workers = [FakeWorker(world, 5.0, WorkerInfo(False, None)), FakeWorker(world, NEVER)]
     with pytest.raises(RuntimeError, match=r"^an attribution worker did not start within 1800 s[^\n]*$"):
-        decoder_with(workers)._attach(SimpleNamespace())
+        decoder_with(workers)._attach(0, SimpleNamespace())
 
 
 # Leaving a decode()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from agd_vllm.pipeline.placement import Cluster, Demand, gpu_shares, layout
+from agd_vllm.pipeline.placement import Cluster, Demand, gpu_shares, layout, workers_of
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,13 @@ def test_an_engine_over_several_gpus_needs_them_all():
 )
 def test_the_header_says_who_runs_where(cluster, engines, workers, line):
     assert layout(cluster, engines, workers) == line
+
+
+@pytest.mark.parametrize(("engines", "workers"), [(1, 1), (1, 3), (2, 2), (2, 5), (3, 2), (4, 1), (8, 16)])
+def test_every_worker_has_an_engine_and_no_engine_has_more_than_it_needs(engines, workers):
+    shares = [workers_of(engine, engines, workers) for engine in range(engines)]
+    used = [worker for share in shares for worker in share]
+    assert set(used) == set(range(workers))
+    assert len(used) == max(engines, workers)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert max(map(used.count, used)) - min(map(used.count, used)) <= 1

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from agd_vllm.attribution.scorer import RULES, SCORERS
-from agd_vllm.attribution.worker import AttributionSettings
+from agd_vllm.attribution.worker import AttributionSettings, WorkerInfo
 from agd_vllm.engine.arguments import check_engine_args, gpus_per_engine
 from agd_vllm.engine.channel import MAX_TOP_K
 from agd_vllm.engine.engine import EngineSettings, GateSettings
@@ -128,7 +128,7 @@ class Decoder:
         self.preparer()  # refuses chat template kwargs that cannot be set
         self._cluster: placement.Cluster | None = None
         self._workers: list[Any] = []
-        self._scoring: tuple[bool, int | None] | None = None
+        self._infos: list[WorkerInfo] | None = None
         self._fleet: Fleet | None = None
         self.load_seconds = 0.0
         self.layout = ""
@@ -195,21 +195,20 @@ class Decoder:
         )
         self._info = self._fleet.start()
 
-    def _attach(self, replica: Any) -> None:
+    def _attach(self, index: int, replica: Any) -> None:
         """Tells an engine who scores. Workers are asked when the first one starts: later they are busy, or restart."""
-        if self._scoring is None:
-            self._scoring = self._ask_workers()
-        replica.attach.remote(self._workers, *self._scoring)
-
-    def _ask_workers(self) -> tuple[bool, int | None]:
-        """Waits until all have loaded the model; whether they are stateful, and one engine's share of their caches."""
         if not self._workers:
-            return False, None
-        infos = loaded([worker.info.remote() for worker in self._workers], "an attribution worker")
+            replica.attach.remote([], False, None)
+            return
+        if self._infos is None:
+            self._infos = loaded([worker.info.remote() for worker in self._workers], "an attribution worker")
+        engines, workers = self.options.engines, len(self._workers)
+        mine = placement.workers_of(index, engines, workers)
         tokens = None
-        if infos[0].cache_tokens is not None:
-            tokens = sum(info.cache_tokens for info in infos) // self.options.engines
-        return infos[0].stateful, tokens
+        if self._infos[0].cache_tokens is not None:
+            sharing = sum(mine[0] in placement.workers_of(engine, engines, workers) for engine in range(engines))
+            tokens = sum(self._infos[worker].cache_tokens for worker in mine) // sharing
+        replica.attach.remote([self._workers[worker] for worker in mine], self._infos[0].stateful, tokens)
 
     def decode(
         self, rows: Iterable[dict[str, Any]], on_error: Callable[[RowError], None] | None = None
@@ -260,7 +259,7 @@ class Decoder:
     def _close_rest(self) -> None:
         for worker in self._workers:
             kill(worker)
-        self._workers, self._scoring = [], None
+        self._workers, self._infos = [], None
         if self._cluster is not None:
             placement.disconnect(self._cluster)
             self._cluster = None

@@ -56,7 +56,7 @@ class _Engine:
 
 
 class Fleet:
-    """Starts `count` engines by `make` (index to an actor of Replica) and tells each by `attach` who scores for it.
+    """Starts `count` engines by `make` (index to an actor of Replica); `attach` (index, actor) tells each who scores.
 
     Raises RuntimeError where one cannot start, or where engines die MAX_RESTARTS_IN_A_ROW times with nothing gained in
     between: no row decoded, no poison row found, no rows cleared of suspicion.
@@ -65,7 +65,7 @@ class Fleet:
     def __init__(
         self,
         make: Callable[[int], Any],
-        attach: Callable[[Any], None],
+        attach: Callable[[int, Any], None],
         count: int,
         faults: FaultLog,
         trace: TraceFile | None = None,
@@ -96,7 +96,7 @@ class Fleet:
         return infos[0]
 
     def _begin(self, engine: _Engine) -> None:
-        self._attach(engine.actor)
+        self._attach(engine.index, engine.actor)
         engine.started = True
 
     def decode(self, source: Source) -> Iterator[DecodedRow | RowError | None]:

@@ -107,6 +107,16 @@ def gpu_shares(gpus: int, demand: Demand) -> tuple[float, float]:
     return share, share
 
 
+def workers_of(engine: int, engines: int, workers: int) -> list[int]:
+    """Which workers score for an engine: its own ones, or one that it shares with other engines.
+
+    All workers for every engine would make batches that many times smaller, and a batch costs what its weights cost.
+    """
+    if workers < engines:
+        return [engine % workers]
+    return list(range(engine, workers, engines))
+
+
 def disconnect(cluster: Cluster) -> None:
     if cluster.started:
         ray.shutdown()
