@@ -27,10 +27,18 @@ typedef struct {
     float score_factor, value_factor;
 } Shape;
 
+// Lanes of a and b, those of b counted on from LANES.
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t indices __attribute__((vector_size(4 * LANES)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (indices){__VA_ARGS__})
+#endif
+
 // Sums of neighbouring lanes: those of `a` in the first half, those of `b` in the second.
 static inline lanes pair_sums(lanes a, lanes b) {
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
 // The sum over the lanes of each of KEYS vectors.
@@ -184,7 +192,7 @@ static void append(void *cache, const float *fresh, const Sequence *sequence, in
 // Returns 0; 1 for a head size that it has no code for; 2 where memory is short.
 int agd_cached_attention(const Sequence *sequences, int64_t num_sequences, const Shape *shape, int64_t layer,
                          int64_t dim, const float *queries, const float *keys, const float *values, float *out) {
-    if (dim != 64 && dim != 96 && dim != 128 && dim != 256) return 1;
+    if (dim != 16 && dim != 32 && dim != 64 && dim != 96 && dim != 128 && dim != 256) return 1;
     int64_t num_blocks = 0, longest = 0;
     for (int64_t i = 0; i < num_sequences; i++) {
         const int64_t blocks = (sequences[i].count + TOKENS - 1) / TOKENS;
@@ -219,6 +227,8 @@ int agd_cached_attention(const Sequence *sequences, int64_t num_sequences, const
             attend_group(size, 0, sequences + i, shape, layer, head, start, count, queries, out, workspace); \
         break
                     switch (dim) {
+                        CASE(16);
+                        CASE(32);
                         CASE(64);
                         CASE(96);
                         CASE(128);

@@ -13,7 +13,8 @@ import torch
 
 from agd_vllm.kernels import compiled
 
-HEAD_DIMS = (64, 96, 128, 256)
+HEAD_DIMS = (16, 32, 64, 96, 128, 256)
+NO_CODE, NO_MEMORY = 1, 2
 
 
 class _Shape(ctypes.Structure):
@@ -74,7 +75,9 @@ class CachedAttention:
             queries.shape[3],
             *(tensor.data_ptr() for tensor in (queries, keys, values, out)),
         )
-        if status:
+        if status == NO_CODE:
+            raise ValueError(f"no kernel for heads of {queries.shape[3]}: not one of {HEAD_DIMS}")
+        if status == NO_MEMORY:
             raise MemoryError(f"no memory for the attention scores of {shape.rows} tokens")
         return out
 

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -29,7 +30,7 @@ def available() -> bool:
     try:
         library()
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning("scoring is slower without a C compiler (gcc with OpenMP): %s", _reason(error))
+        log.warning("scoring is slower without a C compiler (gcc with OpenMP, or CC): %s", _reason(error))
         return False
     return True
 
@@ -37,28 +38,50 @@ def available() -> bool:
 @functools.cache
 def library() -> ctypes.CDLL:
     """Raises OSError or SubprocessError where it cannot be compiled or loaded: see `available`."""
-    return ctypes.CDLL(os.fspath(_compiled()))
-
-
-def _compiled() -> Path:
-    """The shared library for this machine's instructions, compiled if it is not there yet."""
-    compiler, sources = os.environ.get("CC", "cc"), sorted(FOLDER.glob("*.c"))
-    # Home folders are shared by machines of different kinds.
-    key = hashlib.sha256(repr((compiler, FLAGS, platform.machine(), _cpu_flags())).encode())
-    for path in (*sources, *sorted(FOLDER.glob("*.h"))):
-        key.update(path.read_bytes())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agd-vllm"
-    library = folder / f"kernels-{key.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _cache_folder()
+    if folder is None:
+        # Nowhere to keep it. Once loaded the file may go.
+        with tempfile.TemporaryDirectory() as scratch:
+            return ctypes.CDLL(os.fspath(_compile(Path(scratch) / "kernels.so")))
+    path = folder / f"kernels-{_key()}.so"
+    if path.exists():
+        try:
+            return ctypes.CDLL(os.fspath(path))
+        except OSError as error:
+            log.debug("compiling %s anew: %s", path, error)
     # Renamed when complete: others may be compiling it as well.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = Path(scratch) / library.name
-        command = [compiler, *FLAGS, *map(os.fspath, sources), "-o", os.fspath(made), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_S)
-        made.rename(library)
-    return library
+        _compile(Path(scratch) / path.name).rename(path)
+    return ctypes.CDLL(os.fspath(path))
+
+
+def _cache_folder() -> Path | None:
+    """The user's, made if it is missing; None where there is none that can be written."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agd-vllm"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+def _key() -> str:
+    """Of the sources and of this machine: home folders are shared by machines of different kinds."""
+    machine = (_compiler(), FLAGS, platform.machine(), platform.libc_ver(), _cpu_flags())
+    key = hashlib.sha256(repr(machine).encode())
+    for path in (*sorted(FOLDER.glob("*.c")), *sorted(FOLDER.glob("*.h"))):
+        key.update(path.read_bytes())
+    return key.hexdigest()[:16]
+
+
+def _compile(path: Path) -> Path:
+    command = [*_compiler(), *FLAGS, *map(os.fspath, sorted(FOLDER.glob("*.c"))), "-o", os.fspath(path), "-lm"]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_S)
+    return path
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CC", "cc"))
 
 
 def _cpu_flags() -> str:
@@ -71,4 +94,4 @@ def _cpu_flags() -> str:
 
 def _reason(error: Exception) -> str:
     printed = (getattr(error, "stderr", None) or "").strip().splitlines()
-    return printed[0] if printed else f"{error}"
+    return next((line for line in printed if "error" in line), f"{error}")

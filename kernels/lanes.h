@@ -52,11 +52,9 @@ INLINE float exponential(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1;
-    int32_t bits;
+    uint32_t bits;
     memcpy(&bits, &shifted, sizeof bits);
-    bits = (int32_t)((uint32_t)bits << 23) + 0x3f800000;
-    float scale;
-    memcpy(&scale, &bits, sizeof scale);
+    const float scale = bits_to_float((bits << 23) + 0x3f800000);
     return x < -87.0f ? 0 : p * scale;
 }
 

@@ -30,6 +30,7 @@ def rms_norm(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Adds `added` to `streams` [S, ..., d] (float32), in place, and gives their norm in `dtype`."""
+    _check(streams, gain)
     out = torch.empty_like(streams, dtype=dtype)
     rows = streams[0].numel() // streams.shape[-1]
     _function("agd_rms_norm")(
@@ -48,6 +49,7 @@ def rms_norm(
 
 def rope(heads: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, scale: float) -> torch.Tensor:
     """Heads [S, N, H, D] by the tables [N, 1, D] of their positions, times `scale`: float32 [S, N, H, D]."""
+    _check(cos, signed_sin)
     out = torch.empty_like(heads, dtype=torch.float32)
     _function("agd_rope")(_rows(heads), cos.data_ptr(), signed_sin.data_ptr(), out.data_ptr(), *heads.shape, scale)
     return out
@@ -59,6 +61,12 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: str, rule: str) -> t
     kinds = ACTIVATIONS.index(activation), RULES.index(rule)
     _function("agd_gated")(_rows(gate), _rows(up), _rows(out), *gate.shape, *kinds)
     return out
+
+
+def _check(*tensors: torch.Tensor) -> None:
+    for tensor in tensors:
+        if not tensor.is_contiguous() or tensor.dtype != torch.float32:
+            raise ValueError(f"must be contiguous float32, not {tensor.dtype}, {tensor.stride()}")
 
 
 def _rows(tensor: torch.Tensor | None):

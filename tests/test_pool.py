@@ -560,10 +560,82 @@ def test_a_prompt_that_fails_ahead_fails_with_its_first_step_and_no_other(caplog
     async def scenario():
         for name in ("bad", "good"):
             client.pool.prefill(name, [0, 1, 2], ROI)
-        while len(worker.batches) < 3:
+        while len(worker.batches) < 1:
             await asyncio.sleep(0)
         answers = await client.all(["bad", "good"])
         assert isinstance(answers["bad"], ValueError) and answers["good"] == scores(3)
 
     run(scenario)
     assert not caplog.records
+
+
+def test_a_prompt_ahead_that_kills_the_worker_is_not_held_against_it():
+    """Its row's first step is blamed as any other is: the run goes on."""
+    worker = FakeWorker(lambda requests: fault(requests))
+    client = Client(worker)
+    poison = {"p1", "p2", "p3", "p4", "p5", "p6"}
+
+    async def fault(requests):
+        if poison & {request.sequence for request in requests}:
+            raise RayActorError()
+
+    async def scenario():
+        for name in sorted(poison):
+            client.pool.prefill(name, [0, 1, 2], ROI)
+            while worker.restarts < 1 + sorted(poison).index(name):
+                await asyncio.sleep(0.01)
+        assert await client.score("good") == scores(3)
+
+    pool_module.RESTART_POLL_S, kept = 0.001, pool_module.RESTART_POLL_S
+    try:
+        run(scenario)
+    finally:
+        pool_module.RESTART_POLL_S = kept
+
+
+def test_prompts_of_rows_that_ended_are_not_kept_while_the_worker_is_busy():
+    busy = asyncio.Event()
+
+    async def wait(requests):
+        await busy.wait()
+
+    worker = FakeWorker(wait)
+    client = Client(worker)
+
+    async def scenario():
+        step = asyncio.create_task(client.score("busy"))
+        await asyncio.sleep(0.01)
+        for index in range(50):
+            client.pool.prefill(f"{index}", [0, 1, 2], ROI)
+            client.pool._scored.add(f"{index}")
+            client.pool.release(f"{index}")
+        assert not client.pool._lanes[0].ahead
+        busy.set()
+        await step
+
+    run(scenario)
+
+
+def test_a_name_that_is_used_again_does_not_meet_the_prompt_of_its_first_use():
+    under_way, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(requests):
+        under_way.set()
+        await go_on.wait()
+
+    worker = FakeWorker(wait)
+    client = Client(worker)
+
+    async def scenario():
+        client.pool.prefill("a", [0] * 9, ROI)
+        await under_way.wait()
+        client.pool._scored.add("a")
+        client.pool.release("a")
+        step = asyncio.create_task(client.score("a", 5))
+        await asyncio.sleep(0)
+        go_on.set()
+        assert await step == scores(5)
+        assert [(request.start, len(request.token_ids)) for request in worker.batches[-1]] == [(0, 5)]
+        assert worker.released[-1] == ["a"]
+
+    run(scenario)

@@ -109,3 +109,16 @@ def test_rows_that_come_after_the_end_of_their_batch_are_not_decoded(replica, de
         assert [row.id for row in ended] == ["next"]
 
     asyncio.run(scenario())
+
+
+def test_an_engine_that_cannot_be_told_its_workers_says_so(replica, decoded_with):
+    """There is no engine to take the workers' budget, as nothing was started."""
+
+    async def scenario():
+        await replica.attach([object()], True, 1000)
+        await replica.submit([row("a")], 1)
+        with pytest.raises(WorkerLost, match="could not be told"):
+            await replica.collect(0.05)
+        assert not decoded_with
+
+    asyncio.run(scenario())

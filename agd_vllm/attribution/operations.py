@@ -96,9 +96,16 @@ class CompiledOperations:
 
 def operations(hf: HFModel, decoder: Decoder, rule: Rule) -> Operations:
     """The fastest ones that this device has."""
-    if hf.device.type == "cpu" and torch.backends.mkldnn.is_available() and compiled.available():
+    if hf.device.type == "cpu" and _can_pack(hf.unembedding.dtype) and compiled.available():
         return CompiledOperations(decoder, rule)
     return TorchOperations(decoder, rule)
+
+
+def _can_pack(dtype: torch.dtype) -> bool:
+    """oneDNN multiplies bfloat16 only on CPUs with instructions for it."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _linears(layer: Layer) -> list[nn.Linear]:

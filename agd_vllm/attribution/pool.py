@@ -32,6 +32,7 @@ class _Pending:
     candidate_ids: tuple[int, ...]
     scores: asyncio.Future
     failed_alone: bool = False  # the worker failed while it had this request only
+    sent: bool = False  # of a prompt ahead of need: it is under way
 
 
 @dataclass(slots=True)
@@ -42,7 +43,7 @@ class _Lane:
     worker: Any
     pending: deque[_Pending] = field(default_factory=deque)
     alone: deque[_Pending] = field(default_factory=deque)  # from failed batches: sent one by one, before `pending`
-    ahead: deque[_Pending] = field(default_factory=deque)  # prompts that nobody waits for yet: sent after all else
+    ahead: dict[str, _Pending] = field(default_factory=dict)  # prompts that nobody waits for yet: sent after all else
     held: dict[str, int] = field(default_factory=dict)  # sequence -> tokens that the worker has seen
     released: list[str] = field(default_factory=list)
     failures: int = 0  # of the worker, since it last scored a batch
@@ -50,13 +51,13 @@ class _Lane:
 
     def next_batch(self) -> list[_Pending]:
         """One request that has to go alone, else as many as the bounds allow and at least one; empty: nothing waits."""
-        return self._take(self.alone, 1) or self._take(self.pending, MAX_BATCH) or self._take(self.ahead, MAX_BATCH)
+        return self._take(self.alone, 1) or self._take(self.pending, MAX_BATCH) or self._take_ahead()
 
     def _take(self, queue: deque[_Pending], size: int) -> list[_Pending]:
         batch: list[_Pending] = []
         tokens = 0
         while queue and len(batch) < size:
-            if not self._needless(queue[0]):
+            if not queue[0].scores.done():  # else its row was cancelled, or has failed
                 tokens += len(queue[0].token_ids) - self.held.get(queue[0].sequence, 0)
                 if batch and tokens > MAX_BATCH_TOKENS:
                     break
@@ -64,11 +65,22 @@ class _Lane:
             queue.popleft()
         return batch
 
-    def _needless(self, pending: _Pending) -> bool:
-        """Its row was cancelled or has failed; or a prompt has been sent with its first step, or its row has ended."""
-        if pending.candidate_ids:
-            return pending.scores.done()
-        return pending.scores.done() or self.held.get(pending.sequence) != 0
+    def _take_ahead(self) -> list[_Pending]:
+        batch: list[_Pending] = []
+        tokens = 0
+        for pending in self.ahead.values():
+            tokens += len(pending.token_ids)
+            if batch and (tokens > MAX_BATCH_TOKENS or len(batch) == MAX_BATCH):
+                break
+            pending.sent = True
+            batch.append(pending)
+        return batch
+
+    def drop_ahead(self, sequence: str) -> None:
+        """Its first step brings the prompt along, or its row has ended: what is under way is not heeded."""
+        pending = self.ahead.pop(sequence, None)
+        if pending is not None:
+            pending.scores.cancel()
 
     def forget(self, sequences: Iterable[str]) -> None:
         """The worker may not hold them any more. One that was released meanwhile stays out of `held`."""
@@ -112,32 +124,39 @@ class AttributionPool:
         Raises WorkerLost, RequestKillsWorker, and what the scorer raises for this request.
         """
         self._scored.add(sequence)
-        pending = self._add(sequence, token_ids, roi, gate.candidate_ids)
+        lane = self._lane(sequence)
+        prompt = lane.ahead.get(sequence)
+        if prompt is not None and not prompt.sent:
+            lane.drop_ahead(sequence)
+        pending = _Pending(sequence, token_ids, roi, gate.candidate_ids, asyncio.get_running_loop().create_future())
+        lane.pending.append(pending)
+        self._wake(lane)
         return await pending.scores
 
     def prefill(self, sequence: str, token_ids: Sequence[int], roi: Roi) -> None:
         """Has the prompt `token_ids` computed while vLLM computes it too, as far as the worker has nothing else to do.
 
-        Not where most of the rows that have ended were never scored.
+        Nobody waits for it, and nothing comes of its failure: the row's first step finds what is wrong, and says so.
+        Not done where most of the rows that have ended were never scored.
         """
         if self._stateful and 2 * self._ended_scored >= self._ended:
-            self._add(sequence, token_ids, roi, ())
+            lane = self._lane(sequence)
+            if lane.held[sequence] == 0:
+                lane.ahead[sequence] = _Pending(
+                    sequence, token_ids, roi, (), asyncio.get_running_loop().create_future()
+                )
+                self._wake(lane)
 
-    def _add(self, sequence: str, token_ids: Sequence[int], roi: Roi, candidate_ids: tuple[int, ...]) -> _Pending:
+    def _lane(self, sequence: str) -> _Lane:
         lane = self._lane_of.get(sequence)
         if lane is None:
             lane = self._lane_of[sequence] = min(self._lanes, key=lambda lane: len(lane.held))
             lane.held[sequence] = 0
-        pending = _Pending(sequence, token_ids, roi, candidate_ids, asyncio.get_running_loop().create_future())
-        if candidate_ids:
-            lane.pending.append(pending)
-        else:
-            # Nobody waits for it: the row's first step finds what is wrong, and says so.
-            pending.scores.add_done_callback(lambda scores: scores.cancelled() or scores.exception())
-            lane.ahead.append(pending)
+        return lane
+
+    def _wake(self, lane: _Lane) -> None:
         if lane.task is None or lane.task.done():
             lane.task = asyncio.create_task(self._work_off(lane))
-        return pending
 
     def release(self, sequence: str) -> None:
         """The row has ended: its worker may drop its state (told with the next batch)."""
@@ -149,6 +168,7 @@ class AttributionPool:
         if lane is None:
             return
         del lane.held[sequence]
+        lane.drop_ahead(sequence)
         # Told even where nothing is known to be held: the first request may be under way.
         if self._stateful:
             lane.released.append(sequence)
@@ -162,14 +182,20 @@ class AttributionPool:
                     lane.failures = 0
                 except Exception as error:
                     if _worker_failed(error):
-                        self._blame(lane, batch, error)
+                        self._faults.record("worker_restarts", reason=type(error).__name__, steps=len(batch))
+                        lane.forget(lane.held)
+                        if not batch[0].sent:
+                            self._blame(lane, batch, error)
                         await self._revive(lane, error)
-                    else:
+                    elif not batch[0].sent:
                         self._isolate(lane, batch, error)
+                for pending in batch:
+                    if pending.sent and lane.ahead.get(pending.sequence) is pending:
+                        del lane.ahead[pending.sequence]
         except Exception as error:
             # Whatever it was: nobody may wait for ever. What is answered leaves the queues with the next batch.
             lost = error if isinstance(error, WorkerLost) else WorkerLost(f"attribution failed: {self._cause(error)}")
-            self._fail([*batch, *lane.alone, *lane.pending, *lane.ahead], lost)
+            self._fail([*batch, *lane.alone, *lane.pending], lost)
 
     async def _score_batch(self, lane: _Lane, batch: list[_Pending]) -> None:
         requests = [self._request(lane, pending) for pending in batch]
@@ -209,8 +235,6 @@ class AttributionPool:
 
     def _blame(self, lane: _Lane, batch: list[_Pending], error: Exception) -> None:
         """The worker failed: because of a request that was alone twice, else by itself. Raises WorkerLost."""
-        self._faults.record("worker_restarts", reason=type(error).__name__, steps=len(batch))
-        lane.forget(lane.held)
         if len(batch) == 1:
             if batch[0].failed_alone:
                 message = f"the attribution worker failed twice on this step alone, at last with {self._cause(error)}"

@@ -83,9 +83,14 @@ class Replica:
 
         `cache_tokens`: what the workers hold for this engine's rows; more rows side by side would evict each other.
         """
-        if workers:
-            self._engine.limit_attribution(cache_tokens)
-            self._pool = AttributionPool(workers, stateful, POOL_DEADLINE_S, self._faults, self._tracer)
+        try:
+            if workers:
+                self._engine.limit_attribution(cache_tokens)
+                self._pool = AttributionPool(workers, stateful, POOL_DEADLINE_S, self._faults, self._tracer)
+        except Exception as error:
+            # Nobody asks what became of this call, and rows wait for it.
+            self._fatal = WorkerLost(f"an engine could not be told its attribution workers: {last_line(error)}")
+            return
         self._attached.set()
 
     async def submit(self, rows: list[PreparedRow], batch: int) -> None:

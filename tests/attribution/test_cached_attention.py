@@ -1,6 +1,5 @@
 """The compiled attention of a CPU against its twin in PyTorch."""
 
-import logging
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,6 @@ from agd_vllm.attribution.rules import RULES
 from agd_vllm.attribution.sequence_attention import SequenceAttention
 from agd_vllm.attribution.tangent_cache import CachedSequence, CacheShape
 from agd_vllm.kernels import cached_attention
-from agd_vllm.kernels import compiled as compiled_kernels
 from agd_vllm.records import Roi, Span
 
 LAYERS = 2
@@ -120,19 +118,3 @@ def test_scores_of_any_size_are_safe():
     ours = compiled(segments, "attnlrp")(0, queries * 1e4, keys, values, None)
     theirs = SequenceAttention(segments, RULES["attnlrp"])(0, queries * 1e4, keys, values, None)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
-
-
-def test_without_a_compiler_it_says_so_once_and_the_twin_is_used(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CC", "false")
-    for cached in (compiled_kernels.available, compiled_kernels.library):
-        cached.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING, "agd_vllm"):
-            assert not cached_attention.available(64) and not cached_attention.available(64)
-    finally:
-        for cached in (compiled_kernels.available, compiled_kernels.library):
-            cached.cache_clear()
-    assert [record.message.split(":")[0] for record in caplog.records] == [
-        "scoring is slower without a C compiler (gcc with OpenMP)"
-    ]

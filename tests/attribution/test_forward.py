@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from requests_for_tiny import as_request, long_request, random_case
 
 from agd_vllm.attribution import forward
 from agd_vllm.attribution.forward import ForwardScorer
+from agd_vllm.attribution.operations import TorchOperations
 from agd_vllm.attribution.scorer import RULES
+from agd_vllm.kernels import compiled
 from agd_vllm.records import Roi, ScoreRequest, Span
 
 MODELS = sorted(tiny.configs())
@@ -93,6 +96,28 @@ def assert_close(ours, theirs):
 def test_a_full_pass_equals_reverse_mode(scorer, cases, oracle, name, rule):
     requests = [as_request(case) for case in cases[name]]
     assert_close(scorer(name, rule).score(requests), oracle[rule][name])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_full_pass_without_compiled_kernels_equals_reverse_mode(monkeypatch, models, cases, oracle, name):
+    monkeypatch.setattr(compiled, "available", lambda: False)
+    for rule in RULES:
+        scorer = ForwardScorer(str(models[name]), rule=rule)
+        assert isinstance(scorer.tangents.ops, TorchOperations)
+        assert_close(scorer.score([as_request(case) for case in cases[name]]), oracle[rule][name])
+
+
+def test_bfloat16_on_a_cpu_without_instructions_for_it(models):
+    """oneDNN refuses to lay its weights out there."""
+    program = f"""
+from agd_vllm.attribution.forward import ForwardScorer
+from agd_vllm.records import Roi, ScoreRequest, Span
+scorer = ForwardScorer({str(models["llama"])!r}, dtype="bfloat16")
+print(len(scorer.score([ScoreRequest("a", 0, [3, 4, 5], Roi((Span(0, 1),)), (6, 7))])[0]))
+"""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "2", done.stderr
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -31,7 +31,7 @@ _SHAPE = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_GEMMA = {**_SHAPE, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 5}
+_GEMMA = {**_SHAPE, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 5}
 
 
 def configs() -> dict[str, PreTrainedConfig]:
@@ -48,7 +48,7 @@ def configs() -> dict[str, PreTrainedConfig]:
         "llama": LlamaConfig(**_SHAPE, num_key_value_heads=4, tie_word_embeddings=True),
         "llama-3": LlamaConfig(**_SHAPE, num_key_value_heads=1, rope_parameters=llama3, tie_word_embeddings=False),
         "llama-bias": LlamaConfig(**_SHAPE, num_key_value_heads=2, head_dim=16, attention_bias=True, mlp_bias=True),
-        "mistral": MistralConfig(**_SHAPE, num_key_value_heads=2, sliding_window=6),
+        "mistral": MistralConfig(**_SHAPE, num_key_value_heads=2, head_dim=16, sliding_window=6),
         "mistral-full": MistralConfig(**_SHAPE, num_key_value_heads=1, sliding_window=None),
         "qwen2": Qwen2Config(**_SHAPE, num_key_value_heads=2, tie_word_embeddings=True),
         "qwen2-window": Qwen2Config(
