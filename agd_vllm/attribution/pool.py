@@ -17,9 +17,9 @@ from agd_vllm.records import Gate, Roi, ScoreRequest
 from agd_vllm.trace import Tracer
 
 MAX_BATCH = 64
-# Tokens that the worker has to compute for one batch (or one sequence's, if it has more): enough to fill its matrix
-# products, few enough that the steps that wait for whole prompts go on one after another and not all at the end.
-MAX_BATCH_TOKENS = 512
+# Tokens that the worker has to compute for one batch (or one sequence's, if it has more), and for one of prompts ahead
+# of need: enough to fill its matrix products, few enough that steps do not wait long for the prompts of others.
+MAX_BATCH_TOKENS, MAX_AHEAD_TOKENS = 256, 128
 MAX_FAILURES_IN_A_ROW = 5
 RESTART_POLL_S = 0.5
 
@@ -70,7 +70,7 @@ class _Lane:
         tokens = 0
         for pending in self.ahead.values():
             tokens += len(pending.token_ids)
-            if batch and (tokens > MAX_BATCH_TOKENS or len(batch) == MAX_BATCH):
+            if batch and (tokens > MAX_AHEAD_TOKENS or len(batch) == MAX_BATCH):
                 break
             pending.sent = True
             batch.append(pending)
