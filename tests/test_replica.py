@@ -122,3 +122,16 @@ def test_an_engine_that_cannot_be_told_its_workers_says_so(replica, decoded_with
         assert not decoded_with
 
     asyncio.run(scenario())
+
+
+def test_rows_do_not_wait_for_their_workers_for_ever(replica, decoded_with, monkeypatch):
+    monkeypatch.setattr(replica_module, "POOL_DEADLINE_S", 0.05)
+
+    async def scenario():
+        await replica.submit([row("a")], 1)
+        await asyncio.sleep(0.1)
+        with pytest.raises(WorkerLost, match="was not told"):
+            await replica.collect(0.05)
+        assert not decoded_with
+
+    asyncio.run(scenario())

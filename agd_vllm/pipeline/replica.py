@@ -104,7 +104,12 @@ class Replica:
             task.add_done_callback(self._tasks.discard)
 
     async def _decode(self, row: PreparedRow) -> None:
-        await self._attached.wait()
+        try:
+            async with asyncio.timeout(POOL_DEADLINE_S):
+                await self._attached.wait()
+        except TimeoutError:
+            self._fatal = WorkerLost(f"an engine was not told its attribution workers within {POOL_DEADLINE_S:g} s")
+            return
         try:
             ended = await decode_row(self._engine, self._pool, row, self._tokenizer, self._model.eos_ids, self._faults)
         except RowRefused as refused:
