@@ -72,6 +72,9 @@ class Chooser:
         await asyncio.sleep(0)
         return self._scores(gate)
 
+    def prefill(self, sequence, token_ids, roi):
+        pass
+
     def release(self, sequence):
         pass
 
