@@ -44,8 +44,6 @@ from benchmarks.machine import describe
 EOS, TOKEN = 0, 1
 ROI = Roi((Span(0, 1),))
 CANDIDATES = ((TOKEN, TOKEN + 1), (0.5, 0.4))
-PREFILL_TOKENS = 512
-"""Tokens of a worker's batch from which on it is mostly prompts: their cost is another one."""
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -83,7 +81,7 @@ class Measured:
 
     def worker_batch(self, steps: int, tokens: int) -> float:
         constant, per_step, per_token = self.batch
-        if tokens >= PREFILL_TOKENS:
+        if not steps:
             return tokens * self.prompt_token
         return constant + steps * per_step + tokens * per_token
 
@@ -93,8 +91,8 @@ def measured(run: Path, trace: Path) -> Measured:
     text = trace.read_text().rstrip().rstrip(",")
     events = [event for event in json.loads(text + "]") if event["ph"] == "X"]
     steps = [(e["args"]["rows"], e["dur"] / 1e6) for e in events if e["name"] == "engine step"]
-    scored = [(e["args"]["steps"], e["args"]["tokens"], e["dur"] / 1e6) for e in events if e["name"] == "score"]
-    batches = [batch for batch in scored if batch[1] < PREFILL_TOKENS]
+    batches = [(e["args"]["steps"], e["args"]["tokens"], e["dur"] / 1e6) for e in events if e["name"] == "score"]
+    prompts = [(e["args"]["tokens"], e["dur"] / 1e6) for e in events if e["name"] == "prefill"]
     rows = pq.read_table(run / "results", columns=["prompt_token_ids", "token_ids", "num_guided"]).to_pylist()
     if len({count for count, _ in steps}) < 3 or len(batches) < 30:
         raise click.ClickException(f"{trace}: too short a run; decode some 30 rows at least")
@@ -105,7 +103,6 @@ def measured(run: Path, trace: Path) -> Measured:
     line = np.polyfit([known[i] for i in usual], [medians[i] for i in usual], 1)
     design = np.array([[1, count, tokens] for count, tokens, _ in batches])
     fit = np.linalg.lstsq(design, np.array([seconds for *_, seconds in batches]), rcond=None)[0]
-    prompts = [(tokens, seconds) for _, tokens, seconds in scored if tokens >= PREFILL_TOKENS]
     prompt_token = sum(s for _, s in prompts) / sum(t for t, _ in prompts) if prompts else float(fit[2])
     lengths = [(len(row["prompt_token_ids"]), len(row["token_ids"])) for row in rows]
     return Measured(
@@ -129,7 +126,8 @@ class SimulatedWorker:
     async def _score(self, requests: list[ScoreRequest], released: list[str]) -> ScoredBatch:
         async with self._turn:
             tokens = sum(len(request.token_ids) for request in requests)
-            seconds = self._measured.worker_batch(len(requests), tokens)
+            steps = sum(bool(request.candidate_ids) for request in requests)
+            seconds = self._measured.worker_batch(steps, tokens)
             self.busy += seconds
             await asyncio.sleep(seconds)
         return ScoredBatch([[1.0] * len(request.candidate_ids) for request in requests], 0.0, seconds)

@@ -34,6 +34,7 @@ class Decoding:
     rows_on_disk_at_close: int | None = None
     offered: list[str] = field(default_factory=list)
     load_seconds: float = 1.5
+    layout: str = "1 engine"
     faults: dict = field(default_factory=lambda: {"worker_restarts": 1})
     roi_heads: tuple = ()
     waiting_for_attribution: int = 0

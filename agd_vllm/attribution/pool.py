@@ -204,9 +204,10 @@ class AttributionPool:
         begun = time.time()
         async with asyncio.timeout(self._deadline_s):
             scored = await lane.worker.score.remote(requests, released)
-        steps, tokens = len(batch), sum(len(request.token_ids) for request in requests)
+        kind, steps = ("prefill", 0) if batch[0].sent else ("score", len(batch))
+        tokens = sum(len(request.token_ids) for request in requests)
         self._tracer.add(f"calls to worker {lane.index}", "call", begun, time.time() - begun, steps=steps)
-        self._tracer.add(f"worker {lane.index}", "score", scored.begun, scored.seconds, steps=steps, tokens=tokens)
+        self._tracer.add(f"worker {lane.index}", kind, scored.begun, scored.seconds, steps=steps, tokens=tokens)
         for pending, scores in zip(batch, scored.scores, strict=True):
             if pending.scores.done():
                 continue
