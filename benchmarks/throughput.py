@@ -5,8 +5,8 @@
 `greedy`: `vllm.LLM` on all cores with its own best settings. `agd`: this project with its defaults. They are loaded
 side by side and take turns, so that a change in the machine's speed meets both; medians of `--runs` turns after a
 warm-up. Every turn has `--limit` rows of its own, the same for both: no cache has seen them before.
-`paper`: the paper's loop (benchmarks/paper.py) once, on as many rows as end within `--paper-seconds`; AGD's own figure
-for the ratio is taken on those same rows.
+`paper`: the paper's loop (benchmarks/paper.py) once, on as many rows of the last turn as end within `--paper-seconds`, in
+the order in which AGD ended them; AGD's own figure for the ratio is taken on those same rows, decoded once more.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 def main(model, input_path, limit, max_tokens, tau, dtype, runs, paper_seconds, eager, output, **decoder_options):
     turns = rows_of_turns(input_path, limit, max_tokens, runs + 1)
     result: dict[str, Any] = {"rows": limit, "max_tokens": max_tokens, "tau": tau, **decoder_options}
+    del result["trace"]
     on_cpu = not torch.cuda.is_available()
     shared = {"enforce_eager": eager}
     greedy_args = shared | ({"kv_cache_memory_bytes": GREEDY_CACHE_BYTES} if on_cpu else {})
