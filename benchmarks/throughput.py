@@ -5,8 +5,8 @@
 `greedy`: `vllm.LLM` on all cores with its own best settings. `agd`: this project with its defaults. They are loaded
 side by side and take turns, so that a change in the machine's speed meets both; medians of `--runs` turns after a
 warm-up. Every turn has `--limit` rows of its own, the same for both: no cache has seen them before.
-`paper`: the paper's loop (benchmarks/paper.py) once, on as many rows of the last turn as end within `--paper-seconds`, in
-the order in which AGD ended them; AGD's own figure for the ratio is taken on those same rows, decoded once more.
+`paper`: the paper's loop (benchmarks/paper.py) once, on as many rows of the last turn as end within `--paper-seconds`,
+in the order in which AGD ended them; AGD's own figure for the ratio is taken on those same rows, decoded once more.
 """
 
 from __future__ import annotations
