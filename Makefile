@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but Python 3.11 or 3.12 and the package index.
+# `make demo` needs nothing but Python 3.11 or 3.12 and the package index, `make test` a C compiler besides.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

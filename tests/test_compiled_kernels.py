@@ -7,8 +7,6 @@ import pytest
 
 from agd_vllm.kernels import compiled
 
-pytestmark = pytest.mark.skipif(not compiled.available(), reason="needs a C compiler with OpenMP")
-
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):

@@ -16,12 +16,6 @@ from agd_vllm.records import Roi, Span
 LAYERS = 2
 
 
-@pytest.fixture(autouse=True)
-def compiler():
-    if not cached_attention.available(64):
-        pytest.skip("needs a C compiler with OpenMP")
-
-
 def batch(rule, kv_heads, group, head_dim, regions, sequences: list[tuple[int, int]], dtype=torch.float32):
     """Caches with random content up to each length, and the queries, keys and values of the new tokens."""
     shape = CacheShape(LAYERS, kv_heads, head_dim, RULES[rule].scores != 0, dtype, torch.device("cpu"))
