@@ -100,15 +100,21 @@ static void softmax(float *scores, int64_t from, int64_t to, int64_t streams, in
     }
 }
 
-// `count` rows of a cache as floats.
-INLINE void read_rows(const int half, const void *cache, int64_t from, int64_t count, float *to) {
+// `count` rows of each stream of a cache as floats, `size` rows apart; `from` is the first of the value's.
+INLINE void read_tile(const int dim, const int half, const void *cache, int64_t from, int64_t plane, int64_t streams,
+                      int64_t count, int64_t size, float *tile) {
+    for (int64_t stream = 0; stream < streams; stream++) {
+        float *to = tile + stream * size * dim;
+        const int64_t start = from + stream * plane;
 #pragma omp simd
-    for (int64_t i = 0; i < count; i++) to[i] = get(cache, half, from + i);
+        for (int64_t i = 0; i < count * dim; i++) to[i] = get(cache, half, start + i);
+    }
 }
 
 // One task: `count` queries of each head of one group, from token `start` on, over the keys that they can see.
-INLINE void attend_group(const int dim, const int half, const Sequence *sequence, const Shape *shape, int64_t layer, int64_t kv_head,
-                         int64_t start, int64_t count, const float *queries, float *out, float *workspace) {
+INLINE void attend_group(const int dim, const int half, const Sequence *sequence, const Shape *shape, int64_t layer,
+                         int64_t kv_head, int64_t start, int64_t count, const float *queries, float *out,
+                         float *workspace) {
     const int64_t group = shape->heads / shape->kv_heads, streams = shape->streams, key_streams = shape->key_streams;
     const int64_t plane = sequence->capacity * dim, stride = shape->rows * shape->heads * dim;
     const int64_t keys = (layer * shape->kv_heads + kv_head) * key_streams * plane;
@@ -128,9 +134,7 @@ INLINE void attend_group(const int dim, const int half, const Sequence *sequence
             memcpy(packed + (query * streams + stream) * dim, queries + ROW(query, stream), dim * sizeof(float));
     for (int64_t key = 0; key < num_keys; key += KEYS) {
         const int64_t there = num_keys - key < KEYS ? num_keys - key : KEYS;
-        for (int64_t stream = 0; stream < key_streams; stream++)
-            read_rows(half, sequence->keys, keys + stream * plane + (first + key) * dim, there * dim,
-                      tile + stream * KEYS * dim);
+        read_tile(dim, half, sequence->keys, keys + (first + key) * dim, plane, key_streams, there, KEYS, tile);
         for (int64_t query = 0; query < num_queries; query++) {
             const float *q = packed + query * streams * dim;
             float *to = scores + query * key_streams * width + key;
@@ -149,21 +153,19 @@ INLINE void attend_group(const int dim, const int half, const Sequence *sequence
     memset(packed, 0, num_queries * streams * dim * sizeof(float));
     for (int64_t key = 0; key < num_keys; key += TILE) {
         const int64_t there = num_keys - key < TILE ? num_keys - key : TILE;
-        for (int64_t stream = 0; stream < streams; stream++)
-            read_rows(half, sequence->values, values + stream * plane + (first + key) * dim, there * dim,
-                      tile + stream * TILE * dim);
+        read_tile(dim, half, sequence->values, values + (first + key) * dim, plane, streams, there, TILE, tile);
         for (int64_t query = 0; query < num_queries; query++) {
             const int64_t low = FROM(query) > key ? FROM(query) : key, high = TO(query) < key + TILE ? TO(query) : key + TILE;
             const float *weights = scores + query * key_streams * width + low, *rows = tile + (low - key) * dim;
             float *o = packed + query * streams * dim;
             if (high <= low) continue;
-            const int64_t count = high - low, half = count / 2;
-            add_rows(dim, half, rows, weights, rows + half * dim, weights + half, 1, o);
-            add_rows(dim, count % 2, rows + 2 * half * dim, weights + 2 * half, rows, weights, 0, o);
+            const int64_t seen = high - low, pairs = seen / 2;
+            add_rows(dim, pairs, rows, weights, rows + pairs * dim, weights + pairs, 1, o);
+            add_rows(dim, seen % 2, rows + 2 * pairs * dim, weights + 2 * pairs, rows, weights, 0, o);
             for (int64_t stream = 1; stream < streams; stream++) {
                 // CP-LRP: the weights have no tangent.
                 const float *changes = stream < key_streams ? weights + stream * width : nothing;
-                add_rows(dim, count, rows, changes, rows + stream * TILE * dim, weights, shape->value_factor, o + stream * dim);
+                add_rows(dim, seen, rows, changes, rows + stream * TILE * dim, weights, shape->value_factor, o + stream * dim);
             }
         }
     }
