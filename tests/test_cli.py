@@ -213,6 +213,8 @@ def check_trace(path: Path, guided: int) -> None:
     steps = [event for event in spans if names[event["pid"], event["tid"]] == "vLLM"]
     assert len(steps) > 24
     assert max(event["args"]["rows"] for event in steps) <= 8
+    # The first prompts reach the worker while vLLM computes them, too.
+    assert any(event["name"] == "prefill" for event in spans)
     for track in ("calls to worker 0", "worker 0"):
         scored = [event["args"]["steps"] for event in spans if names[event["pid"], event["tid"]] == track]
         assert sum(scored) == guided
@@ -240,6 +242,7 @@ def test_bad_rows_are_reported_and_the_rest_is_decoded(smollm2, tmp_path):
         if invocation == 0:
             check_trace(tmp_path / "trace.json", pq.read_table(tmp_path / "out/steps").num_rows)
         assert ("nothing left to decode" in done.stderr) == (invocation == 1)
+        assert ("1 engine on " in done.stderr and "1 attribution worker on " in done.stderr) == (invocation == 0)
         results = pq.read_table(tmp_path / "out/results").to_pylist()
         assert {row["id"] for row in results} == {"good", *(f"good-{i}" for i in range(24))}
         errors = [json.loads(line) for line in (tmp_path / "out/errors.jsonl").read_text().splitlines()]
