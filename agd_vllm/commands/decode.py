@@ -1,0 +1,73 @@
+"""`agd-vllm decode`: a dataset in, a run directory out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from agd_vllm.commands import options as shared
+from agd_vllm.commands.process import ROWS_FAILED, end_as_interrupt, quiet_unless
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("--output", help="Output directory, local or any fsspec URL (not needed with --dry-run).")
+@shared.model_option
+@click.option("--strategy", type=click.Choice(["agd", "greedy"]), default="agd", show_default=True)
+@shared.gate_options
+@shared.roi_option
+@shared.scorer_options
+@shared.engines_option
+@shared.workers_option
+@shared.length_options
+@shared.dtype_option
+@shared.attribution_dtype_option
+@shared.vllm_options
+@shared.limit_option
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
+@shared.seed_option
+@click.option(
+    "--part-rows",
+    type=int,
+    default=500,
+    show_default=True,
+    callback=shared.at_least_one,
+    help="Results become durable after N rows ...",
+)
+@click.option("--part-seconds", type=float, default=60, show_default=True, help="... or after this many seconds.")
+@click.option(
+    "--dry-run", is_flag=True, help="Load no model: count the rows and show the first regions token by token."
+)
+@click.option("--log-json", metavar="FILE", help="One JSON line for every fault and restart.")
+@click.option("--trace", metavar="FILE", help="A timeline of the run for chrome://tracing or ui.perfetto.dev.")
+@shared.process_options
+@click.pass_context
+def decode(
+    ctx: click.Context,
+    inputs: tuple[str, ...],
+    output: str | None,
+    limit: int | None,
+    resume: bool,
+    part_rows: int,
+    part_seconds: float,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Decode a dataset (JSONL or Parquet, .gz and .zst too, local paths or fsspec URLs).
+
+    Results land in DIR/results, guided steps in DIR/steps, failed rows in DIR/errors.jsonl.
+    """
+    quiet_unless(options["debug"])
+    from agd_vllm.pipeline.decoder import DecoderOptions
+    from agd_vllm.pipeline.run import RunSettings, preview, run_dataset
+
+    decoder_options = DecoderOptions(**options)
+    if dry_run:
+        failed = preview(inputs, decoder_options, limit)
+    else:
+        if output is None:
+            raise click.UsageError("--output DIR is missing; say where the results go (or try --dry-run)")
+        end_as_interrupt()
+        failed = run_dataset(RunSettings(inputs, output, limit, resume, part_rows, part_seconds), decoder_options)
+    ctx.exit(ROWS_FAILED if failed else 0)
