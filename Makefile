@@ -40,7 +40,7 @@ $(MODEL)/model.safetensors: | $(VENV)/.ready
 
 # Needs uv; writes the lock anew from pyproject.toml.
 lock:
-	uv pip compile --universal --python-version 3.11 --no-header --no-annotate --extra cpu --extra dev \
+	uv pip compile --universal --python-version 3.11 --no-header --no-annotate --extra cpu --extra dev --extra eval \
 		--override requirements/overrides.txt $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) \
 		$(TORCH_INDEX) pyproject.toml -o $(LOCK)
 
