@@ -27,6 +27,7 @@ class PlainVLLM:
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, model, cores, engine_args))
         self._process.start()
+        self.pid = self._process.pid
         if self._connection.recv() != "ready":
             raise RuntimeError("plain vLLM did not start")
 

@@ -34,9 +34,9 @@ from agd_vllm.engine.admission import Admission
 from agd_vllm.engine.events import Finished
 from agd_vllm.engine.occupancy import Occupancy
 from agd_vllm.faults import FaultLog
-from agd_vllm.pipeline.placement import workers_of
 from agd_vllm.pipeline.replica import POOL_DEADLINE_S
 from agd_vllm.pipeline.row_loop import decode_row
+from agd_vllm.pipeline.teams import teams
 from agd_vllm.records import Gate, PreparedRow, Roi, ScoreRequest, Span
 from agd_vllm.trace import Tracer
 from benchmarks.machine import describe
@@ -212,7 +212,8 @@ async def simulate(measured: Measured, engines: int, workers: int, sessions: int
         )
         pool = None
         if workers:
-            mine = [actors[worker] for worker in workers_of(index, engines, workers)]
+            made_teams = teams(engines, workers)
+            mine = [actors[worker] for worker in made_teams[index % len(made_teams)].workers]
             pool = AttributionPool(mine, True, POOL_DEADLINE_S, FaultLog(), Tracer(False))
         made.append(engine)
         for name, (prompt, output) in chosen.items():

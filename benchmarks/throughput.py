@@ -2,11 +2,12 @@
 
     python -m benchmarks.throughput --model M --input X --limit 32 --max-tokens 128 --json OUT.json
 
-`greedy`: `vllm.LLM` on all cores with its own best settings. `agd`: this project with its defaults. They are loaded
-side by side and take turns, so that a change in the machine's speed meets both; medians of `--runs` turns after a
-warm-up. Every turn has `--limit` rows of its own, the same for both: no cache has seen them before.
-`paper`: the paper's loop (benchmarks/paper.py) once, on as many rows of the last turn as end within `--paper-seconds`,
-in the order in which AGD ended them; AGD's own figure for the ratio is taken on those same rows, decoded once more.
+`greedy`: `vllm.LLM` on all cores (or `--greedy-cores` of them) with its own best settings. `agd`: this project with its
+defaults. They are loaded side by side and take turns, so that a change in the machine's speed meets both; medians of
+`--runs` turns after a warm-up. Every turn has `--limit` rows of its own, the same for both: no cache has seen them.
+`paper`: the paper's loop (benchmarks/paper.py) once, on as many rows of one more turn as end within `--paper-seconds`;
+AGD's own figure for the ratio is taken on those same rows, which it has not seen either.
+`overhead_ms_per_guided_step`: CPU time of all processes of the run but vLLM's engine and the scorer.
 """
 
 from __future__ import annotations
@@ -28,26 +29,30 @@ from agd_vllm.reader import read_rows
 from agd_vllm.records import DecodedRow, InputRow
 from benchmarks.machine import describe
 from benchmarks.plain import PlainVLLM
+from benchmarks.processes import OVERHEAD, cpu_seconds
 
 MAX_MODEL_LEN = 2048
 GREEDY_CACHE_BYTES = 2 << 30
 
 
-def decode(decoder: Decoder, rows: list[InputRow]) -> tuple[list[DecodedRow], dict[str, float]]:
+def decode(decoder: Decoder, rows: list[InputRow], plain: PlainVLLM) -> tuple[list[DecodedRow], dict[str, float]]:
     """The decoded rows and what the turn cost."""
-    idle, begun = decoder.engine_idle_seconds, time.perf_counter()
+    cpu, idle, begun = cpu_seconds([plain.pid]), decoder.engine_idle_seconds, time.perf_counter()
     outcomes = [outcome for outcome in decoder.outcomes(rows) if outcome is not None]
     seconds = time.perf_counter() - begun
+    cpu = {kind: after - cpu[kind] for kind, after in cpu_seconds([plain.pid]).items()}
     decoded = [outcome for outcome in outcomes if isinstance(outcome, DecodedRow)]
     if len(decoded) < len(outcomes):
         raise click.ClickException(f"{len(outcomes) - len(decoded)} rows failed")
-    tokens = sum(len(row.token_ids) for row in decoded)
+    tokens, guided = sum(len(row.token_ids) for row in decoded), sum(row.num_guided for row in decoded)
     return decoded, {
         "tokens": tokens,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
-        "guided_share": sum(row.num_guided for row in decoded) / tokens,
+        "guided_share": guided / tokens,
         "idle_share": (decoder.engine_idle_seconds - idle) / seconds / decoder.options.engines,
+        "overhead_ms_per_guided_step": 1e3 * sum(cpu[kind] for kind in OVERHEAD) / guided if guided else None,
+        "cpu_share": {kind: spent / seconds for kind, spent in cpu.items()},
     }
 
 
@@ -62,9 +67,10 @@ def rows_of_turns(path: str, limit: int, max_tokens: int, turns: int) -> list[li
     ]
 
 
-def run_paper(decoder: Decoder, rows: list[DecodedRow], limits: dict[str, int], dtype: str, seconds: float) -> list:
+def run_paper(decoder: Decoder, rows: list[InputRow], dtype: str, seconds: float) -> list[dict[str, float]]:
     """What benchmarks/paper.py says of each row that it ended in time."""
-    options = decoder.options
+    options, preparer = decoder.options, decoder.preparer()
+    prepared = [preparer.prepare(row) for row in rows]
     job = {
         "model": decoder.model.path,
         "dtype": dtype,
@@ -75,11 +81,11 @@ def run_paper(decoder: Decoder, rows: list[DecodedRow], limits: dict[str, int], 
         "rows": [
             {
                 "prompt_token_ids": row.prompt_token_ids,
-                "max_tokens": limits[row.id],
+                "max_tokens": row.max_tokens,
                 "eos_ids": sorted(decoder.model.eos_ids),
-                "spans": [[span.start, span.end, span.weight] for span in row.roi_spans],
+                "spans": [[span.start, span.end, span.weight] for span in row.roi.spans],
             }
-            for row in rows
+            for row in prepared
         ],
     }
     command = [sys.executable, "-m", "benchmarks.paper"]
@@ -87,8 +93,10 @@ def run_paper(decoder: Decoder, rows: list[DecodedRow], limits: dict[str, int], 
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def medians(runs: list[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Of what is a number in all runs."""
+    numbers = [key for key in runs[0] if all(isinstance(run[key], float | int) for run in runs)]
+    return {key: statistics.median(run[key] for run in runs) for key in numbers}
 
 
 @click.command(help=__doc__)
@@ -100,19 +108,33 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 @click.option("--dtype", default="bfloat16", show_default=True)
 @click.option("--runs", type=int, default=3, show_default=True)
 @click.option("--paper-seconds", type=float, default=300, show_default=True, help="0 leaves the paper's loop out.")
+@click.option("--greedy-cores", type=int, help="Cores of plain vLLM on a machine without GPUs [default: all].")
 @click.option("--engines", type=int, default=1, show_default=True)
 @click.option("--attribution-workers", type=int, default=1, show_default=True)
 @click.option("--eager", is_flag=True, help="Without compilation, for both engines.")
 @click.option("--trace", help="A timeline of AGD's turns.")
 @click.option("--json", "output", required=True)
-def main(model, input_path, limit, max_tokens, tau, dtype, runs, paper_seconds, eager, output, **decoder_options):
-    turns = rows_of_turns(input_path, limit, max_tokens, runs + 1)
+def main(
+    model,
+    input_path,
+    limit,
+    max_tokens,
+    tau,
+    dtype,
+    runs,
+    paper_seconds,
+    greedy_cores,
+    eager,
+    output,
+    **decoder_options,
+):
+    *turns, papers = rows_of_turns(input_path, limit, max_tokens, runs + 2)
     result: dict[str, Any] = {"rows": limit, "max_tokens": max_tokens, "tau": tau, **decoder_options}
     del result["trace"]
     on_cpu = not torch.cuda.is_available()
     shared = {"enforce_eager": eager}
     greedy_args = shared | ({"kv_cache_memory_bytes": GREEDY_CACHE_BYTES} if on_cpu else {})
-    cores = sorted(os.sched_getaffinity(0)) if on_cpu else None
+    cores = sorted(os.sched_getaffinity(0))[:greedy_cores] if on_cpu else None
     greedy_runs, agd_runs, paper_runs = [], [], []
     with (
         PlainVLLM(model, cores, dtype=dtype, max_model_len=MAX_MODEL_LEN, **greedy_args) as plain,
@@ -121,37 +143,44 @@ def main(model, input_path, limit, max_tokens, tau, dtype, runs, paper_seconds, 
         ) as decoder,
     ):
         for turn, rows in enumerate(turns):
-            decoded, agd = decode(decoder, rows)
+            decoded, agd = decode(decoder, rows, plain)
             job = [(row.prompt_token_ids, {"max_tokens": max_tokens}) for row in decoded]
             tokens, seconds = plain.generate(job)
             if turn:  # the first turn warms both up
                 agd_runs.append(agd)
                 greedy_runs.append({"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds})
         if paper_seconds:
-            limits = dict.fromkeys((row.id for row in decoded), max_tokens)
-            paper_runs = run_paper(decoder, decoded, limits, dtype, paper_seconds)
+            paper_runs = run_paper(decoder, papers, dtype, paper_seconds)
             if not paper_runs:
                 raise click.ClickException("the paper's loop ended no row in time; raise --paper-seconds")
-            ids = {row.id for row in decoded[: len(paper_runs)]}
-            same_rows = [decode(decoder, [row for row in rows if row.id in ids])[1] for _ in range(runs)]
+            _, agd_there = decode(decoder, papers[: len(paper_runs)], plain)
     agd, greedy = medians(agd_runs), medians(greedy_runs)
     result |= {
         "tokens_per_second": {"greedy": greedy["tokens_per_second"], "agd": agd["tokens_per_second"]},
         "agd_over_greedy": agd["tokens_per_second"] / greedy["tokens_per_second"],
         "guided_share": agd["guided_share"],
         "idle_share": agd["idle_share"],
+        "overhead_ms_per_guided_step": agd.get("overhead_ms_per_guided_step"),
+        "greedy_cores": cores and len(cores),
         "runs": {"greedy": greedy_runs, "agd": agd_runs, "paper": paper_runs},
     }
     if paper_runs:
         paper = sum(run["tokens"] for run in paper_runs) / sum(run["seconds"] for run in paper_runs)
-        agd_there = medians(same_rows)["tokens_per_second"]
-        result["tokens_per_second"] |= {"paper": paper, "agd_on_the_papers_rows": agd_there}
-        result["agd_over_paper"] = agd_there / paper
+        there = agd_there["tokens_per_second"]
+        result["tokens_per_second"] |= {"paper": paper, "agd_on_the_papers_rows": there}
+        result["agd_over_paper"] = there / paper
         result["paper_rows"] = len(paper_runs)
     result |= {"dtype": dtype, "attribution_dtype": dtype, "model": os.path.basename(model.rstrip("/")), **describe()}
     with open(output, "w") as file:
         json.dump(result, file, indent=2)
-    shown = ("tokens_per_second", "agd_over_greedy", "agd_over_paper", "guided_share", "idle_share")
+    shown = (
+        "tokens_per_second",
+        "agd_over_greedy",
+        "agd_over_paper",
+        "guided_share",
+        "idle_share",
+        "overhead_ms_per_guided_step",
+    )
     click.echo(json.dumps({key: result[key] for key in shown if key in result}, indent=2))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from agd_vllm.engine.admission import Admission
+from agd_vllm.engine.arguments import gpus_per_engine
 from agd_vllm.engine.channel import TRACE_VARIABLE, EngineStep, GateReceiver
 from agd_vllm.engine.occupancy import Occupancy
 from agd_vllm.engine.orphans import ACTOR_VARIABLE
@@ -99,6 +100,9 @@ class Engine:
             # A session preempted while its PAUSE is in flight would be lost.
             "async_scheduling": False,
         }
+        if gpus_per_engine(settings.engine_args) > 1:
+            # All of them are this actor's; within a placement group vLLM would ask Ray for others.
+            args["distributed_executor_backend"] = "mp"
         if _on_cpu() and "gpu_memory_utilization" not in settings.engine_args:
             args["kv_cache_memory_bytes"] = int(psutil.virtual_memory().total * CPU_MEMORY_SHARE)
         return args | settings.engine_args

@@ -19,6 +19,7 @@ from agd_vllm.model import inspect_model
 from agd_vllm.pipeline import placement
 from agd_vllm.pipeline.fleet import Fleet, kill, loaded
 from agd_vllm.pipeline.source import Source
+from agd_vllm.pipeline.teams import Demand, teams
 from agd_vllm.prepare import Preparer
 from agd_vllm.reader import check_rows
 from agd_vllm.records import DecodedRow, InputRow, RowError
@@ -158,7 +159,7 @@ class Decoder:
         self._fault_log = FaultLog(options.log_json)
         self._trace = TraceFile(options.trace) if options.trace else None
         workers = options.attribution_workers if options.guided else 0
-        demand = placement.Demand(options.engines, workers, gpus_per_engine(options.engine_args))
+        demand = Demand(options.engines, workers, gpus_per_engine(options.engine_args))
         self._cluster = placement.connect(demand, options.debug)
         try:
             self._start_actors(workers)
@@ -180,13 +181,14 @@ class Decoder:
         gate = GateSettings(options.tau, options.top_k, options.min_prob)
         attribution = AttributionSettings(options.scorer, options.rule, options.attribution_dtype or options.dtype)
         engine_cores, worker_cores = placement.cores(cluster, options.engines, workers)
-        self.layout = placement.layout(cluster, engine_cores, worker_cores)
+        self.layout = placement.layout(cluster.shares, engine_cores, worker_cores)
         self._workers = [
-            placement.make_worker(cluster, model, replace(attribution, cores=cores), debug) for cores in worker_cores
+            placement.make_worker(cluster, index, model, replace(attribution, cores=cores), debug)
+            for index, cores in enumerate(worker_cores)
         ]
         self._fleet = Fleet(
             make=lambda index: placement.make_replica(
-                cluster, model, replace(engine, cores=engine_cores[index]), gate, self._trace is not None, debug
+                cluster, index, model, replace(engine, cores=engine_cores[index]), gate, self._trace is not None, debug
             ),
             attach=self._attach,
             count=options.engines,
@@ -202,13 +204,12 @@ class Decoder:
             return
         if self._infos is None:
             self._infos = loaded([worker.info.remote() for worker in self._workers], "an attribution worker")
-        engines, workers = self.options.engines, len(self._workers)
-        mine = placement.workers_of(index, engines, workers)
+        made = teams(self.options.engines, len(self._workers))
+        team = made[index % len(made)]
         tokens = None
         if self._infos[0].cache_tokens is not None:
-            sharing = sum(mine[0] in placement.workers_of(engine, engines, workers) for engine in range(engines))
-            tokens = sum(self._infos[worker].cache_tokens for worker in mine) // sharing
-        replica.attach.remote([self._workers[worker] for worker in mine], self._infos[0].stateful, tokens)
+            tokens = sum(self._infos[worker].cache_tokens for worker in team.workers) // len(team.engines)
+        replica.attach.remote([self._workers[worker] for worker in team.workers], self._infos[0].stateful, tokens)
 
     def decode(
         self, rows: Iterable[dict[str, Any]], on_error: Callable[[RowError], None] | None = None
