@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -129,7 +130,8 @@ def main(
     **decoder_options,
 ):
     *turns, papers = rows_of_turns(input_path, limit, max_tokens, runs + 2)
-    result: dict[str, Any] = {"rows": limit, "max_tokens": max_tokens, "tau": tau, **decoder_options}
+    result: dict[str, Any] = {"rows": limit, "max_tokens": max_tokens, **decoder_options}
+    result["tau"] = tau if math.isfinite(tau) else None
     del result["trace"]
     on_cpu = not torch.cuda.is_available()
     shared = {"enforce_eager": eager}

@@ -48,6 +48,10 @@ def test_a_submitted_job_decodes_the_demo_rows(cluster, smollm2, tmp_path):
     job += ["--max-model-len", "1024", "--engine-arg", "enforce_eager=true"]
     submit = ("job", "submit", f"--address=http://127.0.0.1:{DASHBOARD}", "--working-dir", ".", "--")
     done = ray(cluster, *submit, *job, timeout=500)
+    deadline = time.monotonic() + 60
+    while "No available agent" in done.stderr and time.monotonic() < deadline:  # the head is up, its agent not yet
+        time.sleep(2)
+        done = ray(cluster, *submit, *job, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
     assert pq.read_table(output / "results").num_rows == 26
