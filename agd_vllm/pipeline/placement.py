@@ -17,6 +17,7 @@ from agd_vllm.engine.engine import EngineSettings, GateSettings
 from agd_vllm.model import ModelInfo
 from agd_vllm.pipeline.cores import split_cores
 from agd_vllm.pipeline.replica import Replica
+from agd_vllm.pipeline.strategies import Strategy
 
 # Ray restarts a worker that died; it holds nothing that cannot be sent again.
 WORKER_RESTARTS = -1
@@ -148,7 +149,13 @@ def layout(cluster: Cluster, engine_cores: list[list[int] | None], worker_cores:
 
 
 def make_replica(
-    cluster: Cluster, model: ModelInfo, engine: EngineSettings, gate: GateSettings, traced: bool, debug: bool
+    cluster: Cluster,
+    model: ModelInfo,
+    engine: EngineSettings,
+    gate: GateSettings,
+    strategy: Strategy,
+    traced: bool,
+    debug: bool,
 ) -> Any:
     """An engine actor, not started yet, on its share of the GPUs."""
     if 0 < cluster.engine_gpus < 1:
@@ -157,7 +164,7 @@ def make_replica(
     actor = ray.remote(Replica).options(
         num_cpus=1, num_gpus=cluster.engine_gpus, max_concurrency=REPLICA_CONCURRENCY, runtime_env=_runtime_env(debug)
     )
-    return actor.remote(model, engine, gate, traced, debug)
+    return actor.remote(model, engine, gate, traced, debug, strategy)
 
 
 def make_worker(cluster: Cluster, model: ModelInfo, settings: AttributionSettings, debug: bool) -> Any:
