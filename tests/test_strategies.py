@@ -182,4 +182,4 @@ def test_random_candidates_depend_on_seed_row_and_step_only(engine, rows):
 def test_draws_are_the_same_in_every_process():
     gate = Gate(3, 1.0, (5, 6, 7), (0.5, 0.3, 0.2))
     draws = asyncio.run(Draws(0).score("row", [], Roi(), gate))
-    assert draws == pytest.approx([0.5, 0.5, 0.5])
+    assert draws == [0.6605182465157418, 0.6148454969669739, 0.5681974415345694]
