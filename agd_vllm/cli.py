@@ -7,6 +7,7 @@ import traceback
 
 import click
 
+from agd_vllm.commands.calibrate import calibrate
 from agd_vllm.commands.decode import decode
 from agd_vllm.commands.model import model
 from agd_vllm.commands.process import OTHER, UNUSABLE
@@ -19,7 +20,7 @@ def cli() -> None:
     """Attribution-guided decoding (AGD) of whole datasets on vLLM and Ray."""
 
 
-for command in (decode, model):
+for command in (decode, calibrate, model):
     cli.add_command(command)
 
 

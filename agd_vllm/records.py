@@ -116,7 +116,10 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class GuidedStep:
-    """One row of `steps/`: a step at which the gate opened and the candidate of the highest score was taken."""
+    """One row of `steps/`: a step at which the gate opened and the candidate of the highest score was taken.
+
+    `scores` are relevances to the region, or the draws of `--strategy random-candidate`.
+    """
 
     step: int
     entropy: float
@@ -129,7 +132,7 @@ class GuidedStep:
 
 @dataclass(frozen=True, slots=True)
 class DecodedRow:
-    """One row of `results/` with its guided steps."""
+    """One row of `results/` with its guided steps, and where they are recorded the entropy of every step (nats)."""
 
     id: str
     text: str
@@ -139,6 +142,7 @@ class DecodedRow:
     finish_reason: str
     steps: list[GuidedStep]
     metadata: str = "null"
+    entropies: list[float] | None = None
 
     @property
     def num_guided(self) -> int:

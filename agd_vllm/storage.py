@@ -69,26 +69,42 @@ class OutputDirectory:
             self._fs.mv(self.path(name), self.path(new))
 
     def write(self, name: str, data: bytes) -> None:
-        """Puts a file into place at once and, on a local disk, durably. A temporary name beside it is hidden."""
+        """Puts a file into place at once and, on a local disk, durably."""
+        with self.create(name) as file, self.faults(name):
+            file.write(data)
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[BinaryIO]:
+        """A file to write to, put into place at once where the block ends well. A temporary name beside it is hidden.
+
+        What the block raises is passed on as it is: its writes want `faults` of their own.
+        """
         folder, _, base = name.rpartition("/")
         temporary = self.path(f"{folder}/.{base}.tmp" if folder else f".{base}.tmp")
         with self.faults(name):
             self._fs.makedirs(self.path(folder), exist_ok=True)  # object stores drop empty folders
-            try:
-                with self._fs.open(temporary, "wb") as file:
-                    file.write(data)
-                    if self.local:
-                        file.flush()
-                        os.fsync(file.fileno())
+        file = None
+        try:
+            with self.faults(name):
+                file = self._fs.open(temporary, "wb")
+            yield file
+            with self.faults(name):
+                if self.local:
+                    file.flush()
+                    os.fsync(file.fileno())
+                file.close()
                 if self.local:
                     os.replace(temporary, self.path(name))
                     self._sync(folder)
                 else:
                     self._fs.mv(temporary, self.path(name))
-            except BaseException:
-                with suppress(Exception):  # the first fault is the one to tell of
-                    self._fs.rm_file(temporary)
-                raise
+        except BaseException:
+            with suppress(Exception):  # the first fault is the one to tell of
+                if file is not None:
+                    file.close()
+            with suppress(Exception):
+                self._fs.rm_file(temporary)
+            raise
 
     def write_from(self, name: str, offset: int, data: bytes) -> None:
         """Replaces all of a file from `offset` on, durably; what stood before it is kept whatever happens."""

@@ -110,17 +110,19 @@ class EngineThread:
     def run(self, coroutine, timeout: float = 300):
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout)
 
-    def decode(self, rows: list[PreparedRow], pool=None, **gate: float):
+    def decode(self, rows: list[PreparedRow], pool=None, strategy=None, **gate: float):
         """Decodes rows side by side under a gate of these settings; exceptions come as results."""
         from agd_vllm.engine.engine import GateSettings
         from agd_vllm.faults import FaultLog
         from agd_vllm.pipeline.row_loop import decode_row
+        from agd_vllm.pipeline.strategies import AGD
 
         self.engine._gate = GateSettings(**gate)
         self.faults = FaultLog()
 
         async def everything():
-            loops = (decode_row(self.engine, pool, row, self.tokenizer, self.info.eos_ids, self.faults) for row in rows)
+            common = (self.tokenizer, self.info.eos_ids, self.faults, strategy or AGD)
+            loops = (decode_row(self.engine, pool, row, *common) for row in rows)
             return await asyncio.gather(*loops, return_exceptions=True)
 
         return self.run(everything())

@@ -125,3 +125,49 @@ def test_gated_rows_wait_for_room_in_the_attribution_cache():
         await asyncio.gather(huge, small, return_exceptions=True)
 
     run(scenario)
+
+
+def test_a_row_of_two_sequences_waits_for_room_for_both():
+    """Two rows that each held room for one of theirs would wait for each other for ever."""
+
+    async def scenario():
+        admission = Admission(num_blocks=13, block_size=16, max_sessions=3, max_model_len=10**6)
+        log, release = [], [asyncio.Event() for _ in range(3)]
+
+        async def pair(name, tokens, event):
+            async with admission.reserve(row(tokens), False, beside=row(tokens - 16)):
+                log.append(name)
+                await event.wait()
+
+        tasks = [asyncio.create_task(pair(name, 64, event)) for name, event in zip("ab", release, strict=False)]
+        tasks.append(asyncio.create_task(holds(admission, 16, log, "single", release[2])))
+        await settle()
+        assert log == ["a"]  # 7 of 12 blocks and 2 of 3 slots; "b" needs as many, and nothing overtakes it
+        release[0].set()
+        await settle()
+        assert log == ["a", "b", "single"]
+        for event in release:
+            event.set()
+        await asyncio.gather(*tasks)
+        log.clear()
+        release[0].clear()
+        tasks = [asyncio.create_task(pair(name, 112, release[0])) for name in "cd"]  # 7 + 6 blocks
+        await settle()
+        assert not log
+        for task in tasks:
+            assert isinstance(task.exception(), RowRefused)
+
+    run(scenario)
+
+
+def test_a_row_of_two_sequences_in_an_engine_of_one_is_refused():
+    async def scenario():
+        admission = Admission(num_blocks=11, block_size=16, max_sessions=1, max_model_len=100)
+        with pytest.raises(RowRefused, match="max_num_seqs") as refused:
+            async with admission.reserve(row(16), False, beside=row(16)):
+                pass
+        assert refused.value.type == "too_few_sessions"
+        async with admission.reserve(row(16), gated=False):
+            pass
+
+    run(scenario)

@@ -46,3 +46,41 @@ def test_the_latest_report_of_a_row_counts_and_only_for_its_step(receiver):
 def test_sending_to_an_actor_that_is_gone_does_not_raise(receiver):
     sender = GateSender(f"{receiver.path}-gone")
     sender.send([(1, 4, 2.0, [5, 6], [0.5, 0.4])])
+
+
+def test_the_last_choice_of_a_step_counts(receiver):
+    """An unfinished chunked prefill reports its first step, too."""
+    sender = GateSender(receiver.path)
+    sender.send_choices([(1, 0, 70), (2, 0, 80)])
+    sender.send_choices([(1, 0, 71)])
+    assert receiver.take_choice(1, 0) == 71
+    assert receiver.take_choice(2, 0) == 80
+    with pytest.raises(LookupError, match="step 0"):
+        receiver.take_choice(1, 0)
+
+
+def test_entropies_are_kept_for_rows_that_record_them_until_these_are_forgotten(receiver):
+    sender = GateSender(receiver.path)
+    receiver.record_entropies(1)
+    sender.send_entropies([(1, 0, 9.0), (2, 0, 9.0)])
+    sender.send_entropies([(1, 0, 0.5), (1, 1, 1.5)])
+    assert receiver.entropies(1, range(2)) == [0.5, 1.5]
+    with pytest.raises(LookupError):
+        receiver.entropies(1, range(3))
+    receiver.forget(1)
+    sender.send_entropies([(1, 2, 9.0)])
+    receiver.drain()
+    assert not receiver._entropies
+
+
+def test_entropies_of_many_rows_fit(receiver):
+    sender = GateSender(receiver.path)
+    rows = range(5000)
+    for key in rows:
+        receiver.record_entropies(key)
+    sending = threading.Thread(target=sender.send_entropies, args=([(key, 2**31, 0.1) for key in rows],), daemon=True)
+    sending.start()
+    deadline = time.monotonic() + 20
+    while sending.is_alive() and time.monotonic() < deadline:
+        receiver.drain()
+    assert [receiver.entropies(key, range(2**31, 2**31 + 1)) for key in rows] == [[0.1]] * 5000

@@ -3,6 +3,10 @@
 import pytest
 
 from agd_vllm import Decoder
+from agd_vllm.commands.decode import decode
+from agd_vllm.pipeline.decoder import DecoderOptions
+from agd_vllm.pipeline.run import RunSettings, run_identity
+from agd_vllm.pipeline.strategies import STRATEGIES
 
 
 @pytest.mark.parametrize(
@@ -15,6 +19,8 @@ from agd_vllm import Decoder
         ("strategy", "sampling"),
         ("top_k", 100_000),
         ("tau", float("nan")),
+        ("cad_alpha", -0.5),
+        ("cad_alpha", float("inf")),
     ],
 )
 def test_a_wrong_value_is_named(smollm2, name, value):
@@ -27,3 +33,37 @@ def test_a_wrong_value_is_named(smollm2, name, value):
 def test_a_decoder_without_a_model():
     with pytest.raises(ValueError, match="model is missing"):
         Decoder()
+
+
+def test_options_that_do_not_go_together(smollm2):
+    with pytest.raises(ValueError, match=r"roi_heads.*cad"):
+        Decoder(str(smollm2), strategy="cad", roi_heads="heads.json")
+    with pytest.raises(ValueError, match=r"entropies.*greedy"):
+        Decoder(str(smollm2), entropies=True)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_gets_its_options_and_starts_what_it_needs(smollm2, name):
+    options = DecoderOptions(str(smollm2), name, cad_alpha=0.25, seed=7)
+    strategy = options.make_strategy()
+    assert strategy.name == name
+    assert getattr(strategy, "alpha", 0.25) == 0.25
+    assert getattr(strategy, "seed", 7) == 7
+    decoder = Decoder(options=options)
+    assert (decoder.model.pause_id is None) == (name == "greedy")
+    assert decoder.preparer().guided == (name != "greedy")
+    assert strategy.attribution == (name == "agd")
+
+
+def test_the_command_line_knows_all_strategies():
+    (option,) = [option for option in decode.params if option.name == "strategy"]
+    assert set(option.type.choices) == set(STRATEGIES)
+
+
+def test_what_decides_the_tokens_is_part_of_a_runs_identity(smollm2, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}\n")
+    settings = RunSettings((str(path),), str(tmp_path / "out"))
+    identity = run_identity(settings, Decoder(str(smollm2), strategy="cad", cad_alpha=0.25, seed=7))
+    assert (identity["strategy"], identity["cad_alpha"], identity["seed"]) == ("cad", 0.25, 7)
+    assert "entropies" not in identity

@@ -14,7 +14,7 @@ from agd_vllm.commands.process import ROWS_FAILED, end_as_interrupt, quiet_unles
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("--output", help="Output directory, local or any fsspec URL (not needed with --dry-run).")
 @shared.model_option
-@click.option("--strategy", type=click.Choice(["agd", "greedy"]), default="agd", show_default=True)
+@shared.strategy_options
 @shared.gate_options
 @shared.roi_option
 @shared.scorer_options
@@ -57,6 +57,15 @@ def decode(
     """Decode a dataset (JSONL or Parquet, .gz and .zst too, local paths or fsspec URLs).
 
     Results land in DIR/results, guided steps in DIR/steps, failed rows in DIR/errors.jsonl.
+
+    \b
+    How a token is chosen (--strategy):
+      agd               where the next token is uncertain (--tau), the candidate that the region supports most
+                        (arXiv 2509.26307); the most probable token elsewhere
+      greedy            the most probable token at every step; regions are ignored
+      cad               the token that the region makes more probable than the same prompt without it (--cad-alpha),
+                        at every step (arXiv 2305.14739)
+      random-candidate  a control for agd: the same uncertain steps and candidates, chosen at random (--seed)
     """
     quiet_unless(options["debug"])
     from agd_vllm.pipeline.decoder import DecoderOptions

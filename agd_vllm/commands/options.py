@@ -56,6 +56,23 @@ model_option = click.option("--model", required=True, help="Local model folder o
 
 limit_option = click.option("--limit", type=int, callback=at_least_one, help="Only the first N rows.")
 
+strategy_options = _together(
+    click.option(
+        "--strategy",
+        type=click.Choice(["agd", "greedy", "cad", "random-candidate"]),
+        default="agd",
+        show_default=True,
+        help="How the next token is chosen: see above.",
+    ),
+    click.option(
+        "--cad-alpha",
+        type=float,
+        default=0.5,
+        show_default=True,
+        help="For cad: (1 + alpha) * logits with the region - alpha * logits without; 0 is greedy.",
+    ),
+)
+
 gate_options = _together(
     click.option(
         "--tau", type=float, default=1.734, show_default=True, help="Gate threshold in nats; 0 guides every step."
@@ -128,7 +145,9 @@ vllm_options = _together(
     click.option("--chat-template-kwargs", default="{}", callback=_json_object, metavar="JSON"),
 )
 
-seed_option = click.option("--seed", type=int, default=0, show_default=True)
+seed_option = click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of vLLM, and of random-candidate's draws."
+)
 
 process_options = _together(
     click.option("--trust-remote-code", is_flag=True, help="Run code that the model's folder brings along."),

@@ -19,16 +19,17 @@ class Admission:
 
     A row reserves ceil((prompt + max_tokens) / block_size) blocks and one of `max_sessions` slots; vLLM keeps one
     block for itself (the null block), so `num_blocks - 1` are to be had. A gated row reserves prompt + max_tokens of
-    the workers' cache, too; one that is larger than that cache goes in alone.
+    the workers' cache, too; one that is larger than that cache goes in alone. A row of two sequences reserves for both
+    at once: two rows that each held room for one of theirs would wait for each other.
     """
 
     def __init__(self, num_blocks: int, block_size: int, max_sessions: int, max_model_len: int):
         self._free_blocks = self._all_blocks = num_blocks - 1
-        self._free_slots = max_sessions
+        self._free_slots = self._all_slots = max_sessions
         self._block_size = block_size
         self._max_model_len = max_model_len
         self._free_tokens = self._all_tokens = sys.maxsize
-        self._waiting: deque[tuple[int, int, asyncio.Future]] = deque()
+        self._waiting: deque[tuple[int, int, int, asyncio.Future]] = deque()
 
     def limit_attribution(self, cache_tokens: int | None) -> None:
         """To be said before the first gated row. None: no limit."""
@@ -41,18 +42,28 @@ class Admission:
         return -(-self.tokens(row) // self._block_size)
 
     @asynccontextmanager
-    async def reserve(self, row: PreparedRow, gated: bool):
-        """Waits for room, holds it for the block's time. Raises RowRefused for a row larger than the whole cache."""
-        need = self.blocks(row)
+    async def reserve(self, row: PreparedRow, gated: bool, beside: PreparedRow | None = None):
+        """Waits for room, holds it for the block's time. Raises RowRefused for a row larger than the whole cache.
+
+        `beside`: the row's second sequence, if it has one.
+        """
+        sequences = [row] if beside is None else [row, beside]
+        need, slots = sum(map(self.blocks, sequences)), len(sequences)
         if need > self._all_blocks:
             raise RowRefused(
                 "too_long",
                 f"prompt and max_tokens need {need} KV blocks of {self._block_size} tokens, the whole cache has "
                 f"{self._all_blocks}; lower max_tokens or raise the cache (--engine-arg kv_cache_memory_bytes=...)",
             )
+        if slots > self._all_slots:
+            raise RowRefused(
+                "too_few_sessions",
+                f"the row is decoded as {slots} sequences side by side, the engine takes {self._all_slots}; "
+                "raise it (--engine-arg max_num_seqs=...)",
+            )
         tokens = min(self.tokens(row), self._all_tokens) if gated else 0
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.append((need, tokens, turn))
+        self._waiting.append((need, tokens, slots, turn))
         self._admit()
         try:
             await turn
@@ -62,19 +73,20 @@ class Admission:
             if not turn.cancelled():
                 self._free_blocks += need
                 self._free_tokens += tokens
-                self._free_slots += 1
+                self._free_slots += slots
             self._admit()
 
     def _admit(self) -> None:
         # First come, first served: a large row at the head waits for room, and nothing small overtakes it for ever.
-        while self._waiting and self._free_slots:
-            need, tokens, turn = self._waiting[0]
-            if not turn.cancelled() and (need > self._free_blocks or tokens > self._free_tokens):
+        while self._waiting:
+            need, tokens, slots, turn = self._waiting[0]
+            fits = need <= self._free_blocks and tokens <= self._free_tokens and slots <= self._free_slots
+            if not turn.cancelled() and not fits:
                 break
             self._waiting.popleft()
             if turn.cancelled():
                 continue
             self._free_blocks -= need
             self._free_tokens -= tokens
-            self._free_slots -= 1
+            self._free_slots -= slots
             turn.set_result(None)

@@ -1,6 +1,7 @@
 """How gated steps reach the engine actor from vLLM's worker process: one Unix datagram per engine step.
 
-A datagram sent while sampling arrives before the PAUSE token does, which travels through two more processes.
+Tokens that a contrast has chosen and recorded entropies take the same way. A datagram sent while sampling arrives
+before the PAUSE token does, which travels through two more processes.
 """
 
 from __future__ import annotations
@@ -23,10 +24,15 @@ MAX_DATAGRAM = 1 << 16
 CANDIDATE_BYTES, REPORT_BYTES = 14, 32
 MAX_TOP_K = 2000
 
+# Choices or entropies in a datagram: at most 24 bytes each.
+NOTES_PER_DATAGRAM = 1000
+
 # Set where a run is traced: the processor then reports every engine step, too.
 TRACE_VARIABLE = "AGD_VLLM_TRACE"
 
 Report = tuple[int, int, float, list[int], list[float]]  # key, step, entropy, candidate ids, candidate probabilities
+Choice = tuple[int, int, int]  # key, step, token id
+Entropy = tuple[int, int, float]  # key, step, entropy in nats
 
 
 class EngineStep(msgspec.Struct, frozen=True):
@@ -41,6 +47,8 @@ class EngineStep(msgspec.Struct, frozen=True):
 class Datagram(msgspec.Struct):
     reports: list[Report]
     step: EngineStep | None = None
+    choices: list[Choice] = []
+    entropies: list[Entropy] = []
 
 
 class GateSender:
@@ -64,6 +72,14 @@ class GateSender:
         if step is not None:
             self._send(Datagram([], step))
 
+    def send_choices(self, choices: list[Choice]) -> None:
+        for start in range(0, len(choices), NOTES_PER_DATAGRAM):
+            self._send(Datagram([], choices=choices[start : start + NOTES_PER_DATAGRAM]))
+
+    def send_entropies(self, entropies: list[Entropy]) -> None:
+        for start in range(0, len(entropies), NOTES_PER_DATAGRAM):
+            self._send(Datagram([], entropies=entropies[start : start + NOTES_PER_DATAGRAM]))
+
     def _send(self, datagram: Datagram) -> None:
         # The receiver is gone only when its actor is; the engine then ends with it.
         with contextlib.suppress(OSError):
@@ -71,7 +87,7 @@ class GateSender:
 
 
 class GateReceiver:
-    """The actor's end. Keeps the latest report of each row key.
+    """The actor's end. Keeps the latest report and the latest choice of each row key, and all entropies of some.
 
     The processor also reports rows of unfinished chunked prefills, whose sample vLLM discards: a report counts only
     when its row's PAUSE arrives, and is looked up by (key, step).
@@ -85,6 +101,8 @@ class GateReceiver:
         self._socket.bind(self.path)
         self._socket.setblocking(False)
         self._latest: dict[int, Gate] = {}
+        self._choices: dict[int, tuple[int, int]] = {}
+        self._entropies: dict[int, dict[int, float]] = {}
         self._decoder = msgspec.msgpack.Decoder(Datagram)
         os.environ[SOCKET_VARIABLE] = self.path
 
@@ -98,6 +116,11 @@ class GateReceiver:
                 datagram: Datagram = self._decoder.decode(self._socket.recv(MAX_DATAGRAM))
                 for key, step, entropy, ids, probs in datagram.reports:
                     self._latest[key] = Gate(step, entropy, tuple(ids), tuple(probs))
+                for key, step, token_id in datagram.choices:
+                    self._choices[key] = (step, token_id)
+                for key, step, entropy in datagram.entropies:
+                    if key in self._entropies:
+                        self._entropies[key][step] = entropy
                 if datagram.step is not None:
                     self._on_step(datagram.step)
 
@@ -109,8 +132,26 @@ class GateReceiver:
             raise LookupError(f"no gate report for step {step} (latest: {gate.step if gate else None})")
         return gate
 
+    def take_choice(self, key: int, step: int) -> int:
+        """The token that a contrast chose for row `key` at output step `step`. Raises LookupError without one."""
+        self.drain()
+        chosen = self._choices.pop(key, None)
+        if chosen is None or chosen[0] != step:
+            raise LookupError(f"no choice for step {step} (latest: {chosen[0] if chosen else None})")
+        return chosen[1]
+
+    def record_entropies(self, key: int) -> None:
+        """Keeps every entropy of row `key` until `forget`."""
+        self._entropies[key] = {}
+
+    def entropies(self, key: int, steps: range) -> list[float]:
+        """The entropies of row `key` at `steps`, nats. Raises LookupError where one is missing."""
+        self.drain()
+        return [self._entropies[key][step] for step in steps]
+
     def forget(self, key: int) -> None:
-        self._latest.pop(key, None)
+        for kept in (self._latest, self._choices, self._entropies):
+            kept.pop(key, None)
 
     def close(self) -> None:
         self._socket.close()

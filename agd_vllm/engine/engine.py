@@ -1,4 +1,4 @@
-"""AsyncLLM with the gate installed: start, one session a row, shut down."""
+"""AsyncLLM with our logits processors installed: start, the sessions of a row, shut down."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import os
 import time
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -22,6 +22,11 @@ from agd_vllm.records import PreparedRow
 from agd_vllm.trace import Tracer
 
 CPU_MEMORY_SHARE = 1 / 8
+PROCESSORS = (
+    "agd_vllm.engine.gate:GateProcessor",
+    "agd_vllm.engine.contrast:ContrastProcessor",
+    "agd_vllm.engine.entropies:EntropyProcessor",
+)
 # With something to run, an engine that gives no token at all for so long hangs.
 SILENCE_S = 900.0
 
@@ -82,6 +87,7 @@ class Engine:
             self.max_sessions,
             self.max_model_len,
         )
+        self._pair_slots = list(range(self.max_sessions // 2))
 
     def _engine_args(self) -> dict[str, Any]:
         settings = self._settings
@@ -94,7 +100,7 @@ class Engine:
             "trust_remote_code": settings.trust_remote_code,
             "enable_log_requests": False,
             "disable_log_stats": True,
-            "logits_processors": ["agd_vllm.engine.gate:GateProcessor"],
+            "logits_processors": list(PROCESSORS),
             # One block size for all layers: admission counts blocks of one kind.
             "disable_hybrid_kv_cache_manager": True,
             # A session preempted while its PAUSE is in flight would be lost.
@@ -112,10 +118,13 @@ class Engine:
         self._admission.limit_attribution(cache_tokens)
 
     @asynccontextmanager
-    async def session(self, row: PreparedRow, gated: bool, stops):
-        """Waits for room, opens the row's session, closes it at the end. Raises RowRefused for too large a row."""
+    async def session(self, row: PreparedRow, gated: bool, stops, entropies: bool = False):
+        """Waits for room, opens the row's session, closes it at the end. Raises RowRefused for too large a row.
+
+        Entropies are recorded for rows without a gate only.
+        """
+        from agd_vllm.engine.entropies import EntropyParams
         from agd_vllm.engine.gate import GateParams
-        from agd_vllm.engine.session import Session
 
         async with self._admission.reserve(row, gated):
             key = next(self._keys)
@@ -125,13 +134,53 @@ class Engine:
                 params = GateParams(
                     key, len(row.prompt_token_ids), self._model.pause_id, gate.tau, gate.top_k, gate.min_prob
                 )
-            deadline_s, sign = self._settings.deadline_s, self.occupancy.sign_of_life
-            session = Session(self._llm, self._receiver, row, stops, params, key, deadline_s, sign)
+            elif entropies:
+                params = EntropyParams(key, len(row.prompt_token_ids))
+                self._receiver.record_entropies(key)
+            session = self._open(row, stops, params, key)
             try:
                 with self.occupancy.session():
                     yield session
             finally:
                 await session.close()
+
+    @asynccontextmanager
+    async def pair(self, row: PreparedRow, without_region: list[int], alpha: float, stops):
+        """As `session`, for a row and its contrast with the prompt `without_region`, side by side."""
+        from agd_vllm.engine.contrast import ContrastParams
+        from agd_vllm.engine.pair import PairSession
+
+        beside = replace(row, prompt_token_ids=without_region, stop=())
+        async with self._admission.reserve(row, False, beside):
+            keys, slot = (next(self._keys), next(self._keys)), self._pair_slots.pop()
+            params = [
+                ContrastParams(
+                    keys[0],
+                    slot,
+                    sequence is row,
+                    len(sequence.prompt_token_ids),
+                    len(stops.token_ids),
+                    self._model.pause_id,
+                    alpha,
+                )
+                for sequence in (row, beside)
+            ]
+            follower_stops = stops.follower()
+            leader = self._open(row, stops, params[0], keys[0])
+            follower = self._open(beside, follower_stops, params[1], keys[1])
+            pair = PairSession(leader, follower, self._receiver, keys[0], stops, follower_stops)
+            try:
+                with self.occupancy.session():
+                    yield pair
+            finally:
+                self._pair_slots.append(slot)
+                await pair.close()
+
+    def _open(self, row: PreparedRow, stops, params, key: int):
+        from agd_vllm.engine.session import Session
+
+        deadline_s, sign = self._settings.deadline_s, self.occupancy.sign_of_life
+        return Session(self._llm, self._receiver, row, stops, params, key, deadline_s, sign)
 
     def _trace_step(self, step: EngineStep) -> None:
         gate_ms = round(step.gate_seconds * 1e3, 3)

@@ -12,6 +12,8 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from agd_vllm.engine.channel import GateReceiver
+from agd_vllm.engine.contrast import ContrastParams
+from agd_vllm.engine.entropies import EntropyParams
 from agd_vllm.engine.events import Finished, SessionFailed, SessionStalled
 from agd_vllm.engine.gate import GateParams
 from agd_vllm.engine.stops import StopCheck
@@ -33,14 +35,15 @@ class Session:
         receiver: GateReceiver,
         row: PreparedRow,
         stops: StopCheck,
-        gate: GateParams | None,
+        params: GateParams | ContrastParams | EntropyParams | None,
         key: int,
         deadline_s: float,
         sign_of_life: Callable[[], None],
     ):
         self._row = row
         self._stops = stops
-        self._gate = gate
+        self._params = params
+        self._pause_id = params.pause_id if params else None
         self._key = key
         self._receiver = receiver
         self._deadline_s = deadline_s
@@ -61,11 +64,11 @@ class Session:
             temperature=0.0,
             max_tokens=self._stops.remaining,
             min_tokens=max(0, self._row.min_tokens - len(self._stops.token_ids)),
-            stop_token_ids=[*self._row.stop_token_ids, *([self._gate.pause_id] if self._gate else [])],
+            stop_token_ids=[*self._row.stop_token_ids, *([] if self._pause_id is None else [self._pause_id])],
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
             stream_interval=1 if self._row.stop else STREAM_INTERVAL,
-            extra_args=self._gate.as_extra_args() if self._gate else None,
+            extra_args=self._params.as_extra_args() if self._params else None,
             skip_clone=True,
         )
 
@@ -74,6 +77,10 @@ class Session:
 
     async def next(self) -> Gate | Finished:
         """Decodes up to the next gated step or the end. Raises SessionFailed or SessionStalled."""
+        return await self.advance() or self._receiver.take(self._key, len(self._stops.token_ids))
+
+    async def advance(self) -> Finished | None:
+        """As `next`, with None for a pause, whose report may not have come yet."""
         while True:
             try:
                 async with asyncio.timeout(self._deadline_s):
@@ -88,8 +95,8 @@ class Session:
             completion = output.outputs[0]
             for token_id in completion.token_ids:
                 # A stop reason of an earlier chunk sticks in vLLM's outputs: only the token itself tells.
-                if self._gate is not None and token_id == self._gate.pause_id:
-                    return self._receiver.take(self._key, len(self._stops.token_ids))
+                if token_id == self._pause_id:
+                    return None
                 if reason := self._stops.add(token_id):
                     return Finished(reason)
             if completion.finish_reason is not None:
@@ -101,6 +108,10 @@ class Session:
             return Finished(reason)
         self._chunks.put_nowait(self._chunk([token_id]))
         return None
+
+    def entropies(self, steps: range) -> list[float]:
+        """Entropies of tokens that this session has decoded, nats, where they are recorded (EntropyParams)."""
+        return self._receiver.entropies(self._key, steps)
 
     async def close(self) -> None:
         """Ends the session in vLLM, finished or not, and frees its slot and blocks."""

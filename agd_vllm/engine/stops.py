@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
@@ -37,6 +39,12 @@ class StopCheck:
         if self._stop_strings and self._found_stop_string(token_id):
             return STOP
         return LENGTH if len(self.token_ids) >= self._max_tokens else None
+
+    def follower(self) -> StopCheck:
+        """For a second sequence that is given the same tokens; stop strings are left to the first one's check."""
+        follower = copy.copy(self)
+        follower.token_ids, follower._stop_strings = list(self.token_ids), ()
+        return follower
 
     @property
     def remaining(self) -> int:

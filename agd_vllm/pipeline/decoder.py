@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from agd_vllm.model import inspect_model
 from agd_vllm.pipeline import placement
 from agd_vllm.pipeline.fleet import Fleet, kill, loaded
 from agd_vllm.pipeline.source import Source
+from agd_vllm.pipeline.strategies import STRATEGIES, Agd, Cad, Greedy, RandomCandidate, Strategy
 from agd_vllm.pipeline.teams import Demand, teams
 from agd_vllm.prepare import Preparer
 from agd_vllm.reader import check_rows
@@ -26,7 +28,6 @@ from agd_vllm.records import DecodedRow, InputRow, RowError
 from agd_vllm.schema import parse_selector_option
 from agd_vllm.trace import TraceFile
 
-STRATEGIES = ("agd", "greedy")
 DTYPES = ("float32", "bfloat16")
 
 log = logging.getLogger("agd_vllm")
@@ -45,6 +46,8 @@ class DecoderOptions:
     roi_heads: str | None = None
     scorer: str = "forward"
     rule: str = "attnlrp"
+    cad_alpha: float = 0.5
+    entropies: bool = False
     engines: int = 1
     attribution_workers: int = 1
     max_tokens: int = 256
@@ -71,6 +74,18 @@ class DecoderOptions:
                 f"attribution_dtype {self.attribution_dtype!r}: choose one of {', '.join(dtypes)}",
             ),
             (self.strategy in STRATEGIES, f"strategy {self.strategy!r}: choose one of {', '.join(STRATEGIES)}"),
+            (
+                not (self.strategy == Cad.name and self.roi_heads),
+                "roi_heads: strategy cad takes the region out of the prompt, which heads are not in; leave it out",
+            ),
+            (
+                not self.entropies or self.strategy == Greedy.name,
+                f"entropies: recorded with strategy greedy only, not with {self.strategy}",
+            ),
+            (
+                self.cad_alpha >= 0 and math.isfinite(self.cad_alpha),
+                f"cad_alpha {self.cad_alpha}: must be a finite number, 0 or more",
+            ),
             (self.tau >= 0, f"tau {self.tau}: must be 0 or more (nats)"),
             (2 <= self.top_k <= MAX_TOP_K, f"top_k {self.top_k}: a choice is among 2 to {MAX_TOP_K} candidates"),
             (0 <= self.min_prob <= 1, f"min_prob {self.min_prob}: must lie between 0 and 1"),
@@ -90,9 +105,14 @@ class DecoderOptions:
             return self.roi
         return "none" if self.roi_heads else "role=system"
 
-    @property
-    def guided(self) -> bool:
-        return self.strategy == "agd"
+    def make_strategy(self) -> Strategy:
+        made = {
+            Agd.name: Agd(),
+            Greedy.name: Greedy(self.entropies),
+            Cad.name: Cad(self.cad_alpha),
+            RandomCandidate.name: RandomCandidate(self.seed),
+        }
+        return made[self.strategy]
 
 
 class Decoder:
@@ -110,11 +130,13 @@ class Decoder:
         if options is None:
             options = DecoderOptions(model=model, **kwargs)
         self.options = options
+        self._strategy = options.make_strategy()
         self._default_roi = parse_selector_option(options.default_roi)
         check_engine_args(options.engine_args)
         self.model, self.tokenizer = inspect_model(
             options.model,
-            guided=options.guided,
+            guided=self._strategy.pauses,
+            attribution=self._strategy.attribution,
             revision=options.engine_args.get("revision"),
             trust_remote_code=options.trust_remote_code,
         )
@@ -141,7 +163,7 @@ class Decoder:
             self.tokenizer,
             default_roi=self._default_roi,
             roi_heads=self.roi_heads,
-            guided=options.guided,
+            guided=self._strategy.regions,
             max_tokens=options.max_tokens,
             max_model_len=max_model_len or options.max_model_len or self.model.max_model_len,
             chat_template_kwargs=options.chat_template_kwargs,
@@ -158,7 +180,7 @@ class Decoder:
         # Only now, so that a run that is refused before it starts leaves files of an earlier one alone.
         self._fault_log = FaultLog(options.log_json)
         self._trace = TraceFile(options.trace) if options.trace else None
-        workers = options.attribution_workers if options.guided else 0
+        workers = options.attribution_workers if self._strategy.attribution else 0
         demand = Demand(options.engines, workers, gpus_per_engine(options.engine_args))
         self._cluster = placement.connect(demand, options.debug)
         try:
@@ -188,7 +210,14 @@ class Decoder:
         ]
         self._fleet = Fleet(
             make=lambda index: placement.make_replica(
-                cluster, index, model, replace(engine, cores=engine_cores[index]), gate, self._trace is not None, debug
+                cluster,
+                index,
+                model,
+                replace(engine, cores=engine_cores[index]),
+                gate,
+                self._strategy,
+                self._trace is not None,
+                debug,
             ),
             attach=self._attach,
             count=options.engines,

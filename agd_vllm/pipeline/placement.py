@@ -17,6 +17,7 @@ from agd_vllm.engine.engine import EngineSettings, GateSettings
 from agd_vllm.model import ModelInfo
 from agd_vllm.pipeline.cores import split_cores
 from agd_vllm.pipeline.replica import Replica
+from agd_vllm.pipeline.strategies import Strategy
 from agd_vllm.pipeline.teams import Demand, Reservation, Shares, gpu_shares
 
 # Ray restarts a worker that died; it holds nothing that cannot be sent again.
@@ -115,6 +116,7 @@ def make_replica(
     model: ModelInfo,
     engine: EngineSettings,
     gate: GateSettings,
+    strategy: Strategy,
     traced: bool,
     debug: bool,
 ) -> Any:
@@ -129,7 +131,7 @@ def make_replica(
         max_concurrency=REPLICA_CONCURRENCY,
         runtime_env=_runtime_env(debug),
     )
-    return actor.remote(model, engine, gate, traced, debug)
+    return actor.remote(model, engine, gate, traced, debug, strategy)
 
 
 def make_worker(cluster: Cluster, index: int, model: ModelInfo, settings: AttributionSettings, debug: bool) -> Any:

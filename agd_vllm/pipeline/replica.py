@@ -15,6 +15,7 @@ from agd_vllm.engine.events import SessionFailed
 from agd_vllm.faults import Fault, FaultLog, last_line
 from agd_vllm.model import ModelInfo
 from agd_vllm.pipeline.row_loop import decode_row
+from agd_vllm.pipeline.strategies import AGD, Strategy
 from agd_vllm.records import DecodedRow, PreparedRow, RowRefused
 from agd_vllm.trace import Span, Tracer
 
@@ -55,8 +56,17 @@ class Progress:
 class Replica:
     """A plain class; `placement` makes it an async Ray actor, whose calls may begin in any order."""
 
-    def __init__(self, model: ModelInfo, engine: EngineSettings, gate: GateSettings, traced: bool, debug: bool):
+    def __init__(
+        self,
+        model: ModelInfo,
+        engine: EngineSettings,
+        gate: GateSettings,
+        traced: bool,
+        debug: bool,
+        strategy: Strategy = AGD,
+    ):
         self._model = model
+        self._strategy = strategy
         self._tracer = Tracer(traced)
         self._engine = Engine(model, engine, gate, self._tracer)
         self._pool: AttributionPool | None = None
@@ -79,7 +89,7 @@ class Replica:
         return ReplicaInfo(self._engine.max_model_len, self._engine.max_sessions, time.perf_counter() - begun)
 
     async def attach(self, workers: list[Any], stateful: bool, cache_tokens: int | None) -> None:
-        """Names the attribution workers, which rows wait for; with none of them all rows are decoded greedily.
+        """Names the attribution workers, which rows wait for; with none of them no row is guided by attribution.
 
         `cache_tokens`: what the workers hold for this engine's rows; more rows side by side would evict each other.
         """
@@ -111,7 +121,9 @@ class Replica:
             self._fatal = WorkerLost(f"an engine was not told its attribution workers within {POOL_DEADLINE_S:g} s")
             return
         try:
-            ended = await decode_row(self._engine, self._pool, row, self._tokenizer, self._model.eos_ids, self._faults)
+            ended = await decode_row(
+                self._engine, self._pool, row, self._tokenizer, self._model.eos_ids, self._faults, self._strategy
+            )
         except RowRefused as refused:
             ended = RowFailed(row.id, refused.type, str(refused))
         except SessionFailed as failed:

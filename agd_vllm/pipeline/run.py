@@ -22,8 +22,8 @@ from agd_vllm.storage import OutputFailed
 from agd_vllm.summary import count_outputs, open_run, write_summary
 from agd_vllm.writer import RunWriter
 
-# What may change between the invocations of one run: where it runs, not what it decodes.
-NOT_IDENTITY = ("engines", "attribution_workers", "log_json", "trace", "debug")
+# What may change between the invocations of one run: where it runs and what it tells, not what it decodes.
+NOT_IDENTITY = ("engines", "attribution_workers", "entropies", "log_json", "trace", "debug")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,45 @@
+"""Rows of vLLM's batch that carry an extra argument of ours, as logits processors follow them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from vllm import SamplingParams
+
+
+class BatchRow(msgspec.Struct):
+    params: Any  # of the request; `prompt_len` among them is the length of its row's original prompt
+    context_len: int  # prompt as vLLM sees it: after a resume it holds earlier outputs too
+    output_ids: list[int]  # vLLM's own running list
+
+    def step(self) -> int:
+        """Output tokens of the row before the one that is sampled now."""
+        return self.context_len + len(self.output_ids) - self.params.prompt_len
+
+
+def checked_params(sampling_params: SamplingParams, name: str, kind: type) -> Any:
+    """`extra_args[name]` as a `kind`, None where the request has none. Raises ValueError for anything else."""
+    params = (sampling_params.extra_args or {}).get(name)
+    if params is None:
+        return None
+    try:
+        params = msgspec.convert(params, kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"extra_args[{name!r}]: {error}") from error
+    if sampling_params.temperature != 0:
+        raise ValueError(f"a request with extra_args[{name!r}] must be greedy (temperature 0)")
+    return params
+
+
+def new_row(name: str, kind: type) -> Callable[[SamplingParams, list[int] | None, list[int]], BatchRow | None]:
+    """For vLLM's `process_dict_updates`: follows the requests with `extra_args[name]`."""
+
+    def make(params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> BatchRow | None:
+        extra = (params.extra_args or {}).get(name)
+        if extra is None:
+            return None
+        return BatchRow(msgspec.convert(extra, kind), len(prompt_ids or ()), output_ids)
+
+    return make

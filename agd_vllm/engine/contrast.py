@@ -1,0 +1,147 @@
+"""Context-aware decoding on vLLM's side: two rows of the batch, whose contrast is sampled (arXiv 2305.14739, eq. 2).
+
+The two rows of a pair hold the same output after different prompts. While both are in the batch at the same step, each
+samples from the contrast of the two, so they stay in step with no pause. Where one is there alone (chunked prefills,
+the token budget of a step), its logits are kept and it pauses; once the other one comes to that step, it pauses as
+well, the token chosen is reported, and the host resumes both with it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from agd_vllm.engine.batch_rows import BatchRow, checked_params, new_row
+from agd_vllm.engine.channel import SOCKET_VARIABLE, Choice, GateSender
+
+EXTRA_ARG = "agd_contrast"
+
+
+class ContrastParams(msgspec.Struct, frozen=True):
+    """What both requests of a pair carry in `SamplingParams.extra_args["agd_contrast"]`.
+
+    `key` names the pair in reports. `slot` is the pair's own while it lives, so that what is kept for pairs is bounded.
+    `prompt_len` is the length of this sequence's original prompt. At `first_step`, the one that the session begins
+    with, logits may be those of an unfinished chunked prefill, whose sample vLLM discards.
+    """
+
+    key: int
+    slot: int
+    with_region: bool
+    prompt_len: int
+    first_step: int
+    pause_id: int
+    alpha: float
+
+    def as_extra_args(self) -> dict[str, dict[str, Any]]:
+        return {EXTRA_ARG: msgspec.to_builtins(self)}
+
+
+class _Kept(NamedTuple):
+    key: int
+    step: int
+    logits: torch.Tensor  # [vocab]
+
+
+Side = tuple[int, bool]  # slot, with the region
+
+
+class ContrastProcessor(LogitsProcessor):
+    """Model Runner V1 interface. Must never raise in `apply`: parameters are checked in `validate_params`.
+
+    Every tensor-parallel rank has the same batch and the same logits, and so decides alike; one reports.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
+        self._rows: dict[int, BatchRow] = {}
+        self._indices: dict[Side, int] = {}
+        self._kept: dict[Side, _Kept] = {}
+        self._device = device
+        self._sender = GateSender(os.environ[SOCKET_VARIABLE]) if get_tensor_model_parallel_rank() == 0 else None
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        params = checked_params(sampling_params, EXTRA_ARG, ContrastParams)
+        if params is not None and not (params.alpha >= 0 and math.isfinite(params.alpha)):
+            raise ValueError("a contrast needs a finite alpha >= 0")
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """vLLM calls this before every forward pass."""
+        if process_dict_updates(self._rows, batch_update, new_row(EXTRA_ARG, ContrastParams)):
+            self._indices = {(row.params.slot, row.params.with_region): index for index, row in self._rows.items()}
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """`logits` [batch, vocab], changed in place: the contrast in both rows of a pair in step, else PAUSE."""
+        if not self._rows:
+            return logits
+        together = [pair for slot, with_region in self._indices if with_region and (pair := self._in_step(slot))]
+        if together:
+            self._write_contrasts(logits, together)
+        in_step = {index for pair in together for index in pair}
+        choices = self._pause(logits, [index for index in self._rows if index not in in_step])
+        if self._sender is not None:
+            self._sender.send_choices(choices)
+        return logits
+
+    def _in_step(self, slot: int) -> tuple[int, int] | None:
+        """Both rows of a pair, with the region first, where what they sample is heeded."""
+        pair = self._indices.get((slot, True)), self._indices.get((slot, False))
+        if None in pair:
+            return None
+        one, other = (self._rows[index] for index in pair)
+        later = one.step() > one.params.first_step
+        return pair if later and one.params.key == other.params.key and one.step() == other.step() else None
+
+    def _write_contrasts(self, logits: torch.Tensor, pairs: list[tuple[int, int]]) -> None:
+        params = [self._rows[one].params for one, _ in pairs]
+        both = torch.tensor(pairs, device=self._device)
+        alpha = torch.tensor([p.alpha for p in params], dtype=logits.dtype, device=self._device)
+        pause = torch.tensor([p.pause_id for p in params], device=self._device)
+        contrasts = contrast(logits[both[:, 0]], logits[both[:, 1]], alpha, pause)
+        logits[both[:, 0]] = contrasts
+        logits[both[:, 1]] = contrasts
+        for p in params:
+            self._kept.pop((p.slot, True), None)
+            self._kept.pop((p.slot, False), None)
+
+    def _pause(self, logits: torch.Tensor, indices: list[int]) -> list[Choice]:
+        """Keeps the logits of rows that are not in step and pauses them; tokens of pairs that are complete now."""
+        for index in indices:
+            row = self._rows[index]
+            params = row.params
+            self._kept[params.slot, params.with_region] = _Kept(params.key, row.step(), logits[index].clone())
+            logits[index, params.pause_id] = torch.finfo(logits.dtype).max
+        slots = {self._rows[index].params.slot: self._rows[index].params for index in indices}
+        return [choice for params in slots.values() if (choice := self._choice(params))]
+
+    def _choice(self, params: ContrastParams) -> Choice | None:
+        # At a first step both stay kept: either may yet come again with its whole prompt.
+        one, other = self._kept.get((params.slot, True)), self._kept.get((params.slot, False))
+        if one is None or other is None or one[:2] != other[:2]:
+            return None
+        alpha = torch.tensor([params.alpha], dtype=one.logits.dtype, device=self._device)
+        pause = torch.tensor([params.pause_id], device=self._device)
+        token_id = int(contrast(one.logits[None], other.logits[None], alpha, pause).argmax())
+        return params.key, one.step, token_id
+
+
+def contrast(
+    with_region: torch.Tensor, without: torch.Tensor, alpha: torch.Tensor, pause: torch.Tensor
+) -> torch.Tensor:
+    """(1 + alpha) * with_region - alpha * without (arXiv 2305.14739, eq. 2); what is masked in either, and `pause`,
+    stays impossible. Logits [pairs, vocab], `alpha` and `pause` (token ids) [pairs]."""
+    masked = with_region.isneginf() | without.isneginf()
+    contrasts = (1 + alpha[:, None]) * with_region - alpha[:, None] * without
+    return contrasts.masked_fill_(masked, float("-inf")).scatter_(1, pause[:, None], float("-inf"))

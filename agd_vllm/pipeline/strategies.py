@@ -1,0 +1,193 @@
+"""The ways to choose a row's tokens, all on the same engine: greedy, AGD and its random control, contrast."""
+
+from __future__ import annotations
+
+import math
+import random
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from agd_vllm.engine.events import Finished
+from agd_vllm.records import Gate, GuidedStep, PreparedRow, Roi, RowRefused
+
+if TYPE_CHECKING:
+    from agd_vllm.pipeline.row_loop import RowDecoding
+
+
+class Strategy(ABC):
+    """One object serves all rows of an engine. It is sent to the engine's actor."""
+
+    name: ClassVar[str]
+    # What the run needs: rows' regions, a special token to pause with, attribution workers.
+    regions: ClassVar[bool] = True
+    pauses: ClassVar[bool] = True
+    attribution: ClassVar[bool] = False
+
+    @abstractmethod
+    async def decode(self, decoding: RowDecoding) -> str:
+        """Decodes a row to its end, filling in `decoding`; returns the finish reason. Raises as `decode_row`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Greedy(Strategy):
+    """The most probable token at every step; with `entropies` these are recorded, one a token."""
+
+    entropies: bool = False
+    name = "greedy"
+    regions = False
+    pauses = False
+
+    async def decode(self, decoding: RowDecoding) -> str:
+        return await decoding.in_sessions(lambda: self._session(decoding))
+
+    async def _session(self, decoding: RowDecoding) -> str:
+        if not self.entropies:
+            async with decoding.engine.session(decoding.row, False, decoding.stops) as session:
+                return (await session.next()).reason
+        if decoding.entropies is None:
+            decoding.entropies = []
+        tokens, entropies = decoding.stops.token_ids, decoding.entropies
+        async with decoding.engine.session(decoding.row, False, decoding.stops, entropies=True) as session:
+            try:
+                return (await session.next()).reason
+            finally:
+                entropies += session.entropies(range(len(entropies), len(tokens)))
+
+
+class Scores(Protocol):
+    """What chooses among the candidates of a gate; an AttributionPool is one."""
+
+    async def score(self, sequence: str, token_ids: list[int], roi: Roi, gate: Gate) -> list[float]: ...
+
+    def prefill(self, sequence: str, token_ids: list[int], roi: Roi) -> None: ...
+
+    def release(self, sequence: str) -> None: ...
+
+
+class Gated(Strategy):
+    """At gated steps the candidate of the highest score, elsewhere the greedy token (arXiv 2509.26307, algorithm 1).
+
+    Rows without a region are decoded greedily.
+    """
+
+    @abstractmethod
+    def scores(self, decoding: RowDecoding) -> Scores | None:
+        """Who scores; None for nobody: the row is then decoded greedily."""
+
+    async def decode(self, decoding: RowDecoding) -> str:
+        scores, row = self.scores(decoding), decoding.row
+        if scores is None or not row.roi:
+            return await Greedy().decode(decoding)
+        try:
+            return await decoding.in_sessions(lambda: self._session(decoding, scores))
+        finally:
+            scores.release(row.id)
+
+    async def _session(self, decoding: RowDecoding, scores: Scores) -> str:
+        row, stops = decoding.row, decoding.stops
+        async with decoding.engine.session(row, True, stops) as session:
+            scores.prefill(row.id, row.prompt_token_ids, row.roi)
+            event = await session.next()
+            while not isinstance(event, Finished):
+                with decoding.engine.occupancy.pause():
+                    scored = await scores.score(row.id, row.prompt_token_ids + stops.token_ids, row.roi, event)
+                step = guided_step(event, scored)
+                if any(map(math.isnan, scored)):
+                    decoding.faults.record("nan_scores", row=row.id, step=step.step)
+                decoding.steps.append(step)
+                event = session.select(step.chosen_id) or await session.next()
+            return event.reason
+
+
+@dataclass(frozen=True, slots=True)
+class Agd(Gated):
+    """The relevance of each candidate to the region, by the attribution workers (arXiv 2509.26307)."""
+
+    name = "agd"
+    attribution = True
+
+    def scores(self, decoding: RowDecoding) -> Scores | None:
+        return decoding.pool
+
+
+AGD = Agd()
+
+
+@dataclass(frozen=True, slots=True)
+class RandomCandidate(Gated):
+    """AGD's control: the same gate and candidates, a random choice among them."""
+
+    seed: int = 0
+    name = "random-candidate"
+
+    def scores(self, decoding: RowDecoding) -> Scores | None:
+        return Draws(self.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Uniform draws from [0, 1) as scores, so that every candidate is as likely as any other.
+
+    They depend on seed, row and step only: the same on any engine and after a resume.
+    """
+
+    seed: int
+
+    async def score(self, sequence: str, token_ids: list[int], roi: Roi, gate: Gate) -> list[float]:
+        # Random hashes a text whole (SHA-512), the same in every process.
+        draw = random.Random(f"{self.seed} {gate.step} {sequence}")
+        return [draw.random() for _ in gate.candidate_ids]
+
+    def prefill(self, sequence: str, token_ids: list[int], roi: Roi) -> None:
+        """Nothing to prepare."""
+
+    def release(self, sequence: str) -> None:
+        """Nothing is held."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cad(Strategy):
+    """Context-aware decoding: argmax of (1 + alpha) * logits - alpha * logits without the region's tokens in the
+    prompt, at every step (arXiv 2305.14739, eq. 2). Rows without a region are decoded greedily."""
+
+    alpha: float = 0.5
+    name = "cad"
+
+    async def decode(self, decoding: RowDecoding) -> str:
+        without = prompt_without_region(decoding.row)
+        if len(without) == len(decoding.row.prompt_token_ids):
+            return await Greedy().decode(decoding)
+        if not without:
+            raise RowRefused(
+                "region_is_prompt",
+                "the region is the whole prompt, so that nothing is left to contrast with; name a part of it as roi",
+            )
+        return await decoding.in_sessions(lambda: self._session(decoding, without))
+
+    async def _session(self, decoding: RowDecoding, without: list[int]) -> str:
+        async with decoding.engine.pair(decoding.row, without, self.alpha, decoding.stops) as pair:
+            return (await pair.run()).reason
+
+
+def prompt_without_region(row: PreparedRow) -> list[int]:
+    """The prompt's tokens but for those of weighted spans."""
+    region = {at for span in row.roi.spans if span.weight for at in range(span.start, span.end)}
+    return [token_id for at, token_id in enumerate(row.prompt_token_ids) if at not in region]
+
+
+def guided_step(gate: Gate, scores: list[float]) -> GuidedStep:
+    """The candidate of the highest score, the more probable one among equals; the greedy token where a score is NaN."""
+    best = 0 if any(map(math.isnan, scores)) else max(range(len(scores)), key=scores.__getitem__)
+    return GuidedStep(
+        step=gate.step,
+        entropy=gate.entropy,
+        candidate_ids=list(gate.candidate_ids),
+        candidate_probs=list(gate.candidate_probs),
+        scores=scores,
+        chosen_id=gate.candidate_ids[best],
+        greedy_id=gate.candidate_ids[0],
+    )
+
+
+STRATEGIES: dict[str, type[Strategy]] = {each.name: each for each in (Agd, Greedy, Cad, RandomCandidate)}
