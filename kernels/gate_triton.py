@@ -74,7 +74,7 @@ def gate(
     return decision
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "num_chunks"])
 def _measure(
     logits,
     stride,
@@ -111,7 +111,7 @@ def _measure(
     tl.store(to + 2 * num_chunks, tl.sum(tl.sum(weighted, 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "num_chunks", "top_k"])
 def _decide(
     logits,
     stride,
@@ -175,9 +175,7 @@ def _decide(
             x = tl.load(row + tokens, mask=tokens < vocab, other=float("-inf")).to(tl.float32)
             left = (tokens != paused) & ((x < before) | ((x == before) & (tokens > before_id)))
             token = tl.min(tl.where(left & (x == value), tokens, vocab), 0)
-            highest = tl.where(
-                tiles == tile, tl.max(tl.where(left & (tokens != token), x, float("-inf")), 0), highest
-            )
+            highest = tl.where(tiles == tile, tl.max(tl.where(left & (tokens != token), x, float("-inf")), 0), highest)
             ids = tl.where(slots == count, token, ids)
             probs = tl.where(slots == count, prob, probs)
             count += 1
