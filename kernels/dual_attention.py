@@ -41,7 +41,6 @@ class Tiling(NamedTuple):
 # The best first; not yet measured: registers hardly spill where the first ones fit (Hopper, heads up to 128).
 PREFILL = (
     Tiling(128, 64, 8, 2),
-    Tiling(128, 32, 8, 2),
     Tiling(64, 32, 8, 2),
     Tiling(32, 32, 4, 1),
     Tiling(16, 16, 4, 1),

@@ -89,7 +89,7 @@ class Session:
             for token_id in completion.token_ids:
                 # A stop reason of an earlier chunk sticks in vLLM's outputs: only the token itself tells.
                 if self._gate is not None and token_id == self._gate.pause_id:
-                    return self._receiver.take(self._key, len(self._stops.token_ids))
+                    return await self._receiver.take(self._key, len(self._stops.token_ids))
                 if reason := self._stops.add(token_id):
                     return Finished(reason)
             if completion.finish_reason is not None:

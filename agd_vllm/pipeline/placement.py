@@ -162,6 +162,7 @@ def make_replica(
 
 def make_worker(cluster: Cluster, model: ModelInfo, settings: AttributionSettings, debug: bool) -> Any:
     """An attribution actor; it loads its model while it is made, `info` answers when it has."""
+    settings = replace(settings, gpu_share=cluster.worker_gpus)
     actor = ray.remote(AttributionWorker).options(
         num_cpus=1, num_gpus=cluster.worker_gpus, max_restarts=WORKER_RESTARTS, runtime_env=_runtime_env(debug)
     )
