@@ -14,6 +14,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import click
@@ -31,7 +32,7 @@ DECODES = [(64, 4096), (16, 4096), (1, 4096), (64, 512)]
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SMALL = {"gate": [(2, 5000)], "prefill": [40], "decode": [(2, 60)], "heads": (4, 2, 64)}
 COPY_BYTES = 1 << 30
-TAU, TOP_K, MIN_PROB = 1.734, 5, 0.05
+TOP_K = 5
 
 
 def seconds_of(call: Callable[[], object]) -> float:
@@ -53,26 +54,23 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def gate_points(device: torch.device, shapes: list, bandwidth: float) -> Iterator[dict]:
-    """Logits of a model that is sure (no gate opens) and of one that never is (all do), as they lie in vLLM."""
-    for (rows, vocab), sure in itertools.product(shapes, (True, False)):
+    """With all gates closed, and with all of them open: a tau that no entropy is below, and all k candidates."""
+    for (rows, vocab), is_open in itertools.product(shapes, (False, True)):
         logits = torch.randn(rows, vocab, device=device).bfloat16()
-        if sure:
-            logits[:, 11] = 40
-        else:
-            logits[:, 100:103] = 14
         arguments = (
             torch.arange(rows, device=device),
-            torch.full((rows,), TAU if sure else 0.5, device=device),
+            torch.full((rows,), -1.0 if is_open else 1e3, device=device),
             TOP_K,
-            torch.full((rows,), MIN_PROB, device=device),
+            torch.zeros(rows, device=device),
             torch.full((rows,), vocab - 1, device=device),
         )
-        opened = gate_triton.gate(logits, *arguments).open
-        assert bool(opened.any()) != sure and bool(opened.all()) != sure
+        # Twice: what PAUSE's logit becomes must not change the next call's decision.
+        for _ in range(2):
+            assert gate_triton.gate(logits, *arguments).open.tolist() == [is_open] * rows
         bound = logits.numel() * logits.element_size() / bandwidth
-        shape = {"rows": rows, "vocab": vocab, "gates": "closed" if sure else "open"}
+        shape = {"rows": rows, "vocab": vocab, "gates": "open" if is_open else "closed"}
         for name, run in (("gate", gate_triton.gate), ("gate twin", gate_twin)):
-            yield _point(name, shape, "bfloat16", seconds_of(lambda run=run: run(logits, *arguments)), bound)
+            yield _point(name, shape, "bfloat16", seconds_of(partial(run, logits, *arguments)), bound)
 
 
 def caches(device: torch.device, sequences: int, tokens: int, kv_heads: int, head_dim: int) -> list:
@@ -97,9 +95,8 @@ def prefill_points(device: torch.device, lengths: list[int], shape: tuple[int, i
         step = attention(caches(device, 1, tokens, kv_heads, head_dim), 0, tokens, heads, device)
         query = torch.randn(1, heads, tokens, head_dim, device=device, dtype=torch.bfloat16)
         key, value = (torch.randn(1, kv_heads, tokens, head_dim, device=device, dtype=torch.bfloat16) for _ in range(2))
-        bound = seconds_of(
-            lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)  # noqa: B023
-        )
+        plain = partial(F.scaled_dot_product_attention, query, key, value, is_causal=True, enable_gqa=True)
+        bound = seconds_of(plain)
         described = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
         yield _point("dual attention prefill", described, "bfloat16", seconds_of(step), bound)
 

@@ -34,18 +34,6 @@ class GateDecision(NamedTuple):
     candidate_count: torch.Tensor
 
 
-def empty_decision(rows: int, top_k: int, device: torch.device) -> GateDecision:
-    """Room for a decision: every gate closed, no candidates."""
-    return GateDecision(
-        torch.empty(rows, dtype=torch.float32, device=device),
-        torch.empty(rows, dtype=torch.float32, device=device),
-        torch.zeros(rows, dtype=torch.bool, device=device),
-        torch.full((rows, top_k), -1, dtype=torch.int32, device=device),
-        torch.zeros(rows, top_k, dtype=torch.float32, device=device),
-        torch.zeros(rows, dtype=torch.int32, device=device),
-    )
-
-
 def gate(
     logits: torch.Tensor,
     rows: torch.Tensor,
@@ -80,12 +68,12 @@ def gate_twin(
     pause: torch.Tensor,
 ) -> GateDecision:
     """As `gate`, in PyTorch on any device; looks for candidates only where the entropy is high enough."""
-    decision = empty_decision(len(rows), top_k, logits.device)
     everyone = len(rows) == logits.shape[0]
     gated = logits if everyone else logits[rows]
     entropy, log_sum_exp = entropy_and_log_sum_exp(gated)
-    decision.entropy.copy_(entropy)
-    decision.log_sum_exp.copy_(log_sum_exp)
+    candidate_ids = rows.new_full((len(rows), top_k), -1, dtype=torch.int32)
+    candidate_probs = entropy.new_zeros(candidate_ids.shape)
+    count = rows.new_zeros(len(rows), dtype=torch.int32)
     pause = pause.long()
     uncertain = (entropy >= tau).nonzero().squeeze(-1)
     if len(uncertain):
@@ -95,12 +83,12 @@ def gate_twin(
         # A floor of 0 lets in what is improbable, not what is impossible.
         chosen = (probs >= min_prob[uncertain, None]) & (values > float("-inf"))
         width = values.shape[1]
-        decision.candidate_ids[uncertain, :width] = torch.where(chosen, ids, -1).int()
-        decision.candidate_probs[uncertain, :width] = torch.where(chosen, probs, 0)
-        decision.candidate_count[uncertain] = chosen.sum(-1, dtype=torch.int32)
-        torch.ge(decision.candidate_count, 2, out=decision.open)
-    logits[rows, pause] = torch.where(decision.open, torch.finfo(logits.dtype).max, float("-inf")).to(logits.dtype)
-    return decision
+        candidate_ids[uncertain, :width] = torch.where(chosen, ids, -1).int()
+        candidate_probs[uncertain, :width] = torch.where(chosen, probs, 0)
+        count[uncertain] = chosen.sum(-1, dtype=torch.int32)
+    opened = count >= 2
+    logits[rows, pause] = torch.where(opened, torch.finfo(logits.dtype).max, float("-inf")).to(logits.dtype)
+    return GateDecision(entropy, log_sum_exp, opened, candidate_ids, candidate_probs, count)
 
 
 def entropy_and_log_sum_exp(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

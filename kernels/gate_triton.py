@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from agd_vllm.kernels.gate import GateDecision, empty_decision
+from agd_vllm.kernels.gate import GateDecision
 
 TILE, TILES = 512, 16
 MEASURE_WARPS, DECIDE_WARPS = 8, 1
@@ -28,14 +28,24 @@ def gate(
 ) -> GateDecision:
     """See `agd_vllm.kernels.gate.gate`."""
     num_rows, vocab = len(rows), logits.shape[1]
-    decision = empty_decision(num_rows, top_k, logits.device)
-    if not num_rows:
-        return decision
     if logits.stride(1) != 1:
         raise ValueError("the logits of a row must lie side by side")
+
+    def room(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=logits.device)
+
+    decision = GateDecision(
+        entropy=room(num_rows),
+        log_sum_exp=room(num_rows),
+        open=room(num_rows, dtype=torch.bool),
+        candidate_ids=room(num_rows, top_k, dtype=torch.int32),
+        candidate_probs=room(num_rows, top_k),
+        candidate_count=room(num_rows, dtype=torch.int32),
+    )
+    if not num_rows:
+        return decision
     num_tiles, num_chunks = triton.cdiv(vocab, TILE), triton.cdiv(vocab, TILE * TILES)
-    maxima = torch.empty(num_rows, num_tiles, dtype=torch.float32, device=logits.device)
-    partials = torch.empty(num_rows, 3, num_chunks, dtype=torch.float32, device=logits.device)
+    maxima, partials = room(num_rows, num_tiles), room(num_rows, 3, num_chunks)
     _measure[num_chunks, num_rows](
         logits,
         logits.stride(0),
