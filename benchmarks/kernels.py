@@ -92,7 +92,8 @@ def attention(held: list, lengths: int, count: int, heads: int, device: torch.de
 def prefill_points(device: torch.device, lengths: list[int], shape: tuple[int, int, int]) -> Iterator[dict]:
     heads, kv_heads, head_dim = shape
     for tokens in lengths:
-        step = attention(caches(device, 1, tokens, kv_heads, head_dim), 0, tokens, heads, device)
+        held = caches(device, 1, tokens, kv_heads, head_dim)
+        step = attention(held, 0, tokens, heads, device)
         query = torch.randn(1, heads, tokens, head_dim, device=device, dtype=torch.bfloat16)
         key, value = (torch.randn(1, kv_heads, tokens, head_dim, device=device, dtype=torch.bfloat16) for _ in range(2))
         plain = partial(F.scaled_dot_product_attention, query, key, value, is_causal=True, enable_gqa=True)

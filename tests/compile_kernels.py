@@ -72,20 +72,23 @@ def gate(gpu: int) -> None:
         num_warps=gate_triton.MEASURE_WARPS,
     )
     outputs = ("entropies", "log_sum_exps", "opens", "candidate_ids", "candidate_probs", "candidate_counts")
-    for top_k in (8, 64):
-        build(
-            gate_triton._decide,
-            gpu,
-            (*tensors, "tau", "min_prob", *outputs),
-            {"TILE": gate_triton.TILE, "ALL_TILES": 256, "CHUNKS": 16, "TOP_K": top_k},
-            num_warps=gate_triton.DECIDE_WARPS,
-        )
+    build(
+        gate_triton._decide,
+        gpu,
+        (*tensors, "tau", "min_prob", *outputs),
+        {"TILE": gate_triton.TILE, "ALL_TILES": 256, "CHUNKS": 16, "TOP_K": 64},
+        num_warps=gate_triton.DECIDE_WARPS,
+    )
+
+
+def append(gpu: int, head_dim: int) -> None:
+    tensors = ("sequences", "tokens", "keys", "values")
+    build(dual_attention_triton.append, gpu, tensors, kind(head_dim), num_warps=1)
 
 
 def attention(gpu: int, head_dim: int) -> None:
-    kind = {"TYPE": tl.bfloat16, "D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
     for tilings, split in ((dual_attention.DECODE, True), (dual_attention.PREFILL, False)):
-        tiling = dual_attention.choose_tiling(tilings, kind["BLOCK_D"], 4, GPUS[gpu])
+        tiling = dual_attention.choose_tiling(tilings, kind(head_dim)["BLOCK_D"], 4, GPUS[gpu])
         build(
             dual_attention_triton.attend,
             gpu,
@@ -97,22 +100,20 @@ def attention(gpu: int, head_dim: int) -> None:
                 "ROWS": tiling.rows,
                 "KEYS": tiling.keys,
                 "INTERPRETED": False,
-                **kind,
+                **kind(head_dim),
             },
             num_warps=tiling.warps,
             num_stages=tiling.stages,
         )
-    build(
-        dual_attention_triton.append,
-        gpu,
-        ("sequences", "tokens", "keys", "values"),
-        kind,
-        num_warps=1,
-    )
+
+
+def kind(head_dim: int) -> dict:
+    return {"TYPE": tl.bfloat16, "D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gate(90)
+    append(90, 128)
     for gpu in GPUS:
-        gate(gpu)
         attention(gpu, 128)

@@ -24,7 +24,14 @@ def gate_of(logits: torch.Tensor, rows: list[int], tau: float, top_k: int, min_p
     """One threshold for all of the gated rows; `pause` is one token or one for each of them."""
     count = len(rows)
     paused = torch.tensor(pause).expand(count)
-    return gate(logits, torch.tensor(rows), torch.full((count,), tau), top_k, torch.full((count,), min_prob), paused)
+    return gate(
+        logits,
+        torch.tensor(rows, dtype=torch.long),
+        torch.full((count,), tau),
+        top_k,
+        torch.full((count,), min_prob),
+        paused,
+    )
 
 
 @settings(max_examples=60, deadline=None)

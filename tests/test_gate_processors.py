@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import BatchUpdate
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 from vllm.v1.worker.gpu.sample.logits_processor.loader import build_custom_logits_processors_params_validator
 
 from agd_vllm.engine import gate as gate_module
 from agd_vllm.engine import gate_v1, gate_v2
-from agd_vllm.engine.channel import TRACE_VARIABLE, GateReceiver
+from agd_vllm.engine.channel import TRACE_VARIABLE, GateReceiver, GateSender
 from agd_vllm.engine.engine import GATE_PROCESSORS
 from agd_vllm.engine.gate import GateParams
 from agd_vllm.engine.gate_reports import FlushedReports
 from agd_vllm.engine.orphans import ACTOR_VARIABLE
-from agd_vllm.kernels.gate import GateDecision
+from agd_vllm.kernels.gate import GateDecision, gate_twin
 
 VOCABULARY, PAUSE = 50, 49
 CPU = torch.device("cpu")
@@ -102,7 +103,7 @@ def test_both_interfaces_decide_and_report_alike(receiver):
     for ids in outputs.values():
         ids.append(0)
     v1.update_state(
-        BatchUpdate(2, [1], [(0, gated(2, 10), [0] * 10, outputs[2]), (1, gated(1, 10), [0] * 10, outputs[1])], [])
+        BatchUpdate(2, [2], [(0, gated(2, 10), [0] * 10, outputs[2]), (1, gated(1, 10), [0] * 10, outputs[1])], [])
     )
     second_v1 = v1.apply(torch.stack(again))
 
@@ -164,13 +165,10 @@ def test_a_report_that_fails_loses_no_other(receiver, caplog):
     def copy(decision):
         return decision, lambda: 1 / 0 if decision.entropy[0] == 0 else None
 
-    from agd_vllm.engine.channel import GateSender
-    from agd_vllm.kernels.gate import gate_twin
-
     flushed = FlushedReports(GateSender(receiver.path), copy)
     params = [GateParams(1, 10, PAUSE, 0.5, 3, 0.05)]
-    column = torch.zeros(1)
-    decision = gate_twin(uncertain(3, 4)[None], torch.tensor([0]), column, 3, column, torch.tensor([PAUSE]))
+    tau, min_prob = torch.tensor([0.5]), torch.tensor([0.05])
+    decision = gate_twin(uncertain(3, 4)[None], torch.tensor([0]), tau, 3, min_prob, torch.tensor([PAUSE]))
     flushed.send(decision._replace(entropy=torch.zeros(1)), params, [1], None)
     flushed.send(decision, params, [2], None)
     deadline = time.monotonic() + 20
@@ -201,7 +199,7 @@ def test_vllm_takes_the_v2_class_and_refuses_bad_parameters():
         (SamplingParams(temperature=0.5, extra_args=gated(1, 10).extra_args), "must be greedy"),
         (SamplingParams(temperature=0.0, extra_args={"agd": {"key": 1}}), r"extra_args\['agd'\]"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(VLLMValidationError, match=words):
             validate(bad)
 
 

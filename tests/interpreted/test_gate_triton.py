@@ -49,7 +49,7 @@ def assert_equal(logits: torch.Tensor, rows, tau, top_k, min_prob, pause) -> lis
     return decision.candidate_count.tolist()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     batch=st.integers(1, 6),
     vocab=st.integers(2, 400),

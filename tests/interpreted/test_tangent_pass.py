@@ -15,17 +15,16 @@ sys.path.append(str(Path(__file__).parent.parent / "attribution"))
 import tiny
 
 
-@pytest.mark.parametrize("rule", ["attnlrp", "cplrp"])
-@pytest.mark.parametrize("name", ["llama-3", "gemma3"])
+@pytest.mark.parametrize(("name", "rule"), [("llama-3", "cplrp"), ("gemma3", "attnlrp")])
 def test_scores_are_those_of_the_other_kernels(tmp_path, monkeypatch, name, rule):
     model = str(tiny.save(name, tmp_path))
-    monkeypatch.setattr(forward, "PASS_TOKENS", 24)
+    monkeypatch.setattr(forward, "PASS_TOKENS", 16)
     scorer, expected = ForwardScorer(model, rule=rule), ForwardScorer(model, rule=rule)
     scorer.tangents._kernel = DualAttention
     torch.manual_seed(0)
-    rows = torch.randint(3, tiny.VOCABULARY, (2, 30)).tolist()
+    rows = torch.randint(3, tiny.VOCABULARY, (2, 22)).tolist()
     roi = Roi((Span(2, 9), Span(12, 15, -0.5)))
-    for start, end in ((0, 28), (28, 30)):
+    for start, end in ((0, 20), (20, 22)):
         requests = [
             ScoreRequest(f"{row}", start, ids[start : end - row * (start > 0)], roi, (5, 6, 7))
             for row, ids in enumerate(rows)
