@@ -1,17 +1,23 @@
 """What one guided step (k = 5 candidates) costs: lxt against forward mode, whole prefix and cached.
 
     python -m benchmarks.attribution --json OUT.json
+    python -m benchmarks.attribution --json OUT.json --shape llama-3.1-8b --dtype bfloat16 --batches 1 \
+        --contexts 512,1024,2048,4096,8192 --lxt-contexts 512,1024,2048,4096,8192    # on a GPU
 
 `lxt`: reverse mode, one forward with graph and a backward pass per candidate. `forward-full`: the tangent pass over the
-whole prefix, nothing cached. `forward-cached`: one new token after a cached prefix. Seconds are of the whole batch.
+whole prefix, nothing cached. `forward-cached`: one new token after a cached prefix. Seconds are of the whole batch,
+`peak_bytes` beside the weights; both are null where the GPU's memory does not suffice. With `--shape` the weights are
+random ones (16 GB are written to a temporary folder for the 8B model).
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +31,7 @@ from agd_vllm import demo_model
 from agd_vllm.attribution.forward import ForwardScorer
 from agd_vllm.attribution.reference import ReferenceScorer
 from agd_vllm.records import Roi, ScoreRequest, Span
+from benchmarks import random_model
 from benchmarks.machine import describe
 
 DEMO_MODEL = "smollm2-135m-instruct"
@@ -46,26 +53,33 @@ def requests(tokens: list[list[int]], start: int = 0) -> list[ScoreRequest]:
     return [ScoreRequest(f"row {row}", start, ids[start:], ROI, CANDIDATES) for row, ids in enumerate(tokens)]
 
 
-def measure(step: Callable[[], object], repeats: int, prepare: Callable[[], object] | None = None) -> tuple[float, int]:
+Measured = tuple[float | None, int | None]
+"""Seconds and bytes."""
+
+
+def measure(step: Callable[[], object], repeats: int, prepare: Callable[[], object] | None = None) -> Measured:
     """Median seconds of `step` over `repeats` runs, and its peak of memory beyond what was held before `prepare`."""
     held = _held()
-    if prepare is not None:
-        prepare()
-    _reset_peak()
     seconds = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - begun)
+    try:
+        if prepare is not None:
+            prepare()
+        _reset_peak()
+        for _ in range(repeats):
+            begun = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - begun)
+    except torch.OutOfMemoryError:
+        return None, None
     return statistics.median(seconds), _peak() - held
 
 
-def measure_lxt(scorer: ReferenceScorer, context: int, repeats: int) -> tuple[float, int]:
+def measure_lxt(scorer: ReferenceScorer, context: int, repeats: int) -> Measured:
     batch = requests(sequences(1, context, scorer.hf.config.vocab_size, same_start=False))
     return measure(lambda: scorer.score(batch), repeats)
 
 
-def measure_full(scorer: ForwardScorer, context: int, batch: int, repeats: int) -> tuple[float, int]:
+def measure_full(scorer: ForwardScorer, context: int, batch: int, repeats: int) -> Measured:
     tokens = sequences(batch, context, scorer.hf.config.vocab_size, same_start=False)
 
     def step() -> None:
@@ -75,7 +89,7 @@ def measure_full(scorer: ForwardScorer, context: int, batch: int, repeats: int) 
     return measure(step, repeats)
 
 
-def measure_cached(scorer: ForwardScorer, context: int, batch: int, repeats: int) -> tuple[float, int]:
+def measure_cached(scorer: ForwardScorer, context: int, batch: int, repeats: int) -> Measured:
     """Its memory includes the cache."""
     tokens = sequences(batch, context - 1, scorer.hf.config.vocab_size, same_start=batch > 1)
 
@@ -100,14 +114,17 @@ def forget(scorer: ForwardScorer, batch: int) -> None:
 
 
 def points(model: str, contexts: list[int], lxt_contexts: list[int], batches: list[int], dtype: str) -> Iterator[dict]:
-    """Measure point by point; expensive ones are run once, cheap ones several times."""
-    lxt = ReferenceScorer(model, dtype=dtype)
-    forward = ForwardScorer(model, dtype=dtype, cache_bytes=CACHE_BYTES)
-    for warm_up in (measure_lxt(lxt, 64, 1), measure_full(forward, 64, 1, 1)):
-        assert warm_up
-    for context in contexts:
-        if context in lxt_contexts:
+    """Measure point by point; expensive ones are run once, cheap ones several times. One scorer is held at a time."""
+    if lxt_contexts:
+        lxt = ReferenceScorer(model, dtype=dtype)
+        measure_lxt(lxt, 64, 1)
+        for context in lxt_contexts:
             yield _point(context, 1, "lxt", measure_lxt(lxt, context, 3 if context <= 512 else 1))
+        del lxt
+        _free()
+    forward = ForwardScorer(model, dtype=dtype, cache_bytes=CACHE_BYTES)
+    measure_full(forward, 64, 1, 1)
+    for context in contexts:
         for batch in batches:
             if batch == 1 or context <= FULL_BATCH_CONTEXT:
                 repeats = 3 if batch == 1 and context <= 512 else 1
@@ -117,12 +134,19 @@ def points(model: str, contexts: list[int], lxt_contexts: list[int], batches: li
 
 def ratios(measured: list[dict]) -> dict[str, float]:
     """The figures that the targets name, where their points were measured."""
-    seconds = {(point["scorer"], point["batch"], point["context"]): point["seconds"] for point in measured}
+    fitting = {(p["scorer"], p["batch"], p["context"]): p for p in measured if p["seconds"] is not None}
+    seconds = {key: point["seconds"] for key, point in fitting.items()}
     cached = {context: s for (scorer, batch, context), s in seconds.items() if (scorer, batch) == ("forward-cached", 1)}
     result = {
         f"lxt_over_cached_{context}": seconds["lxt", 1, context] / cached[context]
         for context in cached
         if ("lxt", 1, context) in seconds
+    }
+    result |= {
+        f"lxt_peak_over_cached_{context}": fitting["lxt", 1, context]["peak_bytes"]
+        / fitting["forward-cached", 1, context]["peak_bytes"]
+        for context in cached
+        if ("lxt", 1, context) in fitting
     }
     if len(cached) > 1:
         result["cached_growth"] = cached[max(cached)] / cached[min(cached)]
@@ -132,10 +156,16 @@ def ratios(measured: list[dict]) -> dict[str, float]:
     return result
 
 
-def _point(context: int, batch: int, scorer: str, measured: tuple[float, int]) -> dict[str, Any]:
+def _point(context: int, batch: int, scorer: str, measured: Measured) -> dict[str, Any]:
     point = {"context": context, "batch": batch, "scorer": scorer, "seconds": measured[0], "peak_bytes": measured[1]}
     click.echo(json.dumps(point))
     return point
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _held() -> int:
@@ -170,14 +200,19 @@ def _integers(_context, _parameter, value: str) -> list[int]:
 @click.command(help=__doc__)
 @click.option("--json", "output", required=True)
 @click.option("--model", help="Default: the demo model.")
+@click.option("--shape", type=click.Choice(list(random_model.SHAPES)), help="In place of --model: random weights.")
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--contexts", default="128,512,1024,2048,4096", show_default=True, callback=_integers)
 @click.option("--lxt-contexts", default="128,512,1024,2048", show_default=True, callback=_integers)
 @click.option("--batches", default="1,16", show_default=True, callback=_integers)
-def main(output, model, dtype, contexts, lxt_contexts, batches):
+def main(output, model, shape, dtype, contexts, lxt_contexts, batches):
     logging.disable_progress_bar()
-    model = model or str(demo_model.fetch(DEMO_MODEL, Path(".cache/models") / DEMO_MODEL))
-    measured = list(points(model, contexts, lxt_contexts, batches, dtype))
+    with tempfile.TemporaryDirectory() as folder:
+        if shape:
+            model = str(random_model.write(random_model.SHAPES[shape], Path(folder) / shape))
+            _free()
+        model = model or str(demo_model.fetch(DEMO_MODEL, Path(".cache/models") / DEMO_MODEL))
+        measured = list(points(model, contexts, lxt_contexts, batches, dtype))
     result = {
         "points": measured,
         "ratios": ratios(measured),

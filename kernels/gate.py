@@ -1,4 +1,7 @@
-"""The AGD gate over a batch of next-token logits: entropy, candidates, decision (arXiv 2509.26307, section 3)."""
+"""The AGD gate over a batch of next-token logits: entropy, candidates, decision (arXiv 2509.26307, section 3).
+
+On an NVIDIA GPU the kernel of `gate_triton`, else its twin in PyTorch here.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,86 @@ from typing import NamedTuple
 
 import torch
 
-# Rows per pass: a few rows of a 50k to 150k vocabulary stay in a core's cache, a whole batch does not.
-ROWS_PER_PASS = 4
+from agd_vllm.kernels import triton_support
+
+ROWS_PER_PASS = {"cpu": 4, "cuda": 64}
+"""A few rows of a 50k to 150k vocabulary stay in a core's cache, a whole batch does not."""
+
+KERNEL_TOP_K = 64
+"""The kernel finds candidates one after another; beyond so many the twin is used."""
 
 
 class GateDecision(NamedTuple):
-    """`entropy` [rows] in nats, `gated` [gated] row indices in ascending order, and for those rows
-    `candidate_ids` and `candidate_probs` [gated, top_k] by descending probability, of which the first
-    `candidate_count` [gated] are candidates."""
+    """One entry for each gated row, in their order, on the device of the logits.
+
+    `entropy` [rows] in nats and `log_sum_exp` [rows], float32; `open` [rows] bool: the gate opens. `candidate_ids`
+    (-1) and `candidate_probs` (0) [rows, top_k] by descending probability, the lower id first where they are equal;
+    the first `candidate_count` [rows] are candidates, the rest is filled up. Rows below tau have none.
+    """
 
     entropy: torch.Tensor
-    gated: torch.Tensor
+    log_sum_exp: torch.Tensor
+    open: torch.Tensor
     candidate_ids: torch.Tensor
     candidate_probs: torch.Tensor
     candidate_count: torch.Tensor
+
+
+def gate(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    tau: torch.Tensor,
+    top_k: int,
+    min_prob: torch.Tensor,
+    pause: torch.Tensor,
+) -> GateDecision:
+    """Opens for the rows whose entropy is at least `tau` and that have at least two candidates.
+
+    Candidates are the `top_k` most probable tokens with probability >= `min_prob`, `pause` never among them; entropy
+    and probabilities are those of the full distribution. A row of nothing but -inf (its entropy is NaN) stays closed.
+
+    `logits` [batch, vocab], float32, bfloat16 or float16, rows of any stride, changed in place: `pause` becomes the
+    argmax where the gate opens, impossible where it does not. `rows` [rows]: which of them are gated, ascending; the
+    others are left alone. `tau` (nats) and `min_prob` [rows] float32; `pause` [rows] token ids. On a GPU nothing waits
+    for the result.
+    """
+    if logits.is_cuda and top_k <= KERNEL_TOP_K and triton_support.available():
+        from agd_vllm.kernels import gate_triton
+
+        return gate_triton.gate(logits, rows, tau, top_k, min_prob, pause)
+    return gate_twin(logits, rows, tau, top_k, min_prob, pause)
+
+
+def gate_twin(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    tau: torch.Tensor,
+    top_k: int,
+    min_prob: torch.Tensor,
+    pause: torch.Tensor,
+) -> GateDecision:
+    """As `gate`, in PyTorch on any device; looks for candidates only where the entropy is high enough."""
+    everyone = len(rows) == logits.shape[0]
+    gated = logits if everyone else logits[rows]
+    entropy, log_sum_exp = entropy_and_log_sum_exp(gated)
+    candidate_ids = rows.new_full((len(rows), top_k), -1, dtype=torch.int32)
+    candidate_probs = entropy.new_zeros(candidate_ids.shape)
+    count = rows.new_zeros(len(rows), dtype=torch.int32)
+    pause = pause.long()
+    uncertain = (entropy >= tau).nonzero().squeeze(-1)
+    if len(uncertain):
+        choices = gated[uncertain].float().scatter_(1, pause[uncertain, None], float("-inf"))
+        values, ids = _most_probable(choices, min(top_k, logits.shape[-1]))
+        probs = (values - log_sum_exp[uncertain, None]).exp()
+        # A floor of 0 lets in what is improbable, not what is impossible.
+        chosen = (probs >= min_prob[uncertain, None]) & (values > float("-inf"))
+        width = values.shape[1]
+        candidate_ids[uncertain, :width] = torch.where(chosen, ids, -1).int()
+        candidate_probs[uncertain, :width] = torch.where(chosen, probs, 0)
+        count[uncertain] = chosen.sum(-1, dtype=torch.int32)
+    opened = count >= 2
+    logits[rows, pause] = torch.where(opened, torch.finfo(logits.dtype).max, float("-inf")).to(logits.dtype)
+    return GateDecision(entropy, log_sum_exp, opened, candidate_ids, candidate_probs, count)
 
 
 def entropy_and_log_sum_exp(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +98,7 @@ def entropy_and_log_sum_exp(logits: torch.Tensor) -> tuple[torch.Tensor, torch.T
     With z = x - max and s = sum(exp z):  H = log s - sum(z exp z) / s.
     """
     entropies, log_sums = [], []
-    for rows in logits.split(ROWS_PER_PASS):
+    for rows in logits.split(ROWS_PER_PASS[logits.device.type]):
         top = rows.amax(-1, keepdim=True).float()
         z = rows.float() - top
         e = z.exp()
@@ -42,21 +111,19 @@ def entropy_and_log_sum_exp(logits: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return torch.cat(entropies), torch.cat(log_sums)
 
 
-def gate(
-    logits: torch.Tensor, tau: torch.Tensor, top_k: int, min_prob: torch.Tensor, pause: torch.Tensor
-) -> GateDecision:
-    """Opens for the rows whose entropy is at least `tau` and that have at least two candidates.
+def _most_probable(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` highest of each row and their ids: in descending order, the lower id first among equals.
 
-    Candidates are the `top_k` most probable tokens with probability >= `min_prob`, `pause` never among them; entropy
-    and probabilities are those of the full distribution. `logits` [rows, vocab]; `tau` (nats) and `min_prob` [rows]
-    float32; `pause` [rows] token ids.
+    bfloat16 logits are often equal, and `topk` then takes any of them, in any order.
     """
-    entropy, log_sum_exp = entropy_and_log_sum_exp(logits)
-    uncertain = (entropy >= tau).nonzero().squeeze(-1)
-    choices = logits[uncertain].float().scatter_(1, pause[uncertain, None], float("-inf"))
-    values, ids = choices.topk(min(top_k, logits.shape[-1]), dim=-1)
-    probs = (values - log_sum_exp[uncertain, None]).exp()
-    # A floor of 0 lets in what is improbable, not what is impossible.
-    count = ((probs >= min_prob[uncertain, None]) & (values > float("-inf"))).sum(-1)
-    enough = count >= 2
-    return GateDecision(entropy, uncertain[enough], ids[enough], probs[enough], count[enough])
+    values, ids = logits.topk(min(count + 1, logits.shape[-1]))
+    if values.shape[1] > count:
+        edge = values[:, count - 1]
+        crowded = (values[:, count] == edge) & (edge > float("-inf"))
+        values, ids = values[:, :count], ids[:, :count]
+        for row in crowded.nonzero().squeeze(-1).tolist():
+            above = int((values[row] > edge[row]).sum())
+            ids[row, above:] = (logits[row] == edge[row]).nonzero().squeeze(-1)[: count - above]
+    ids, order = ids.sort(dim=-1)
+    values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(1, order)

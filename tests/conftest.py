@@ -90,7 +90,7 @@ def last_candidate(gate: Gate) -> list[float]:
 class EngineThread:
     """An Engine in an event loop of its own, as in a replica."""
 
-    def __init__(self, model: Path, **engine_args: Any):
+    def __init__(self, model: Path, processors: tuple[str, ...] = (), **engine_args: Any):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from agd_vllm.engine.engine import Engine, EngineSettings, GateSettings
         from agd_vllm.model import inspect_model
@@ -98,7 +98,9 @@ class EngineThread:
 
         self.info, self.tokenizer = inspect_model(str(model), guided=True)
         args = {key: value for key, value in (ENGINE_ARGS | engine_args).items() if value is not None}
-        settings = EngineSettings(dtype="float32", max_model_len=args.pop("max_model_len"), engine_args=args)
+        settings = EngineSettings(
+            dtype="float32", max_model_len=args.pop("max_model_len"), engine_args=args, processors=processors
+        )
         self.engine = Engine(self.info, settings, GateSettings(), Tracer(False))
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()

@@ -1,10 +1,12 @@
 """Gate reports from vLLM's process to the actor: all of them arrive, however many candidates they have."""
 
+import asyncio
 import threading
 import time
 
 import pytest
 
+from agd_vllm.engine import channel
 from agd_vllm.engine.channel import MAX_TOP_K, EngineStep, GateReceiver, GateSender
 
 
@@ -29,18 +31,35 @@ def test_reports_arrive_whatever_their_size(receiver, candidates):
     while not receiver.steps and time.monotonic() < deadline:
         receiver.drain()
     for key in range(64):
-        gate = receiver.take(key, 7)
+        gate = asyncio.run(receiver.take(key, 7))
         assert (gate.step, gate.entropy, list(gate.candidate_ids), list(gate.candidate_probs)) == (7, 3.5, ids, probs)
     assert len(receiver.steps) == 1
 
 
-def test_the_latest_report_of_a_row_counts_and_only_for_its_step(receiver):
+def test_the_latest_report_of_a_row_counts_and_only_for_its_step(receiver, monkeypatch):
+    monkeypatch.setattr(channel, "REPORT_S", 0.05)
     sender = GateSender(receiver.path)
     sender.send([(1, 4, 2.0, [5, 6], [0.5, 0.4])])
     sender.send([(1, 5, 2.5, [7, 8], [0.5, 0.4])])
-    assert receiver.take(1, 5).candidate_ids == (7, 8)
+    assert asyncio.run(receiver.take(1, 5)).candidate_ids == (7, 8)
     with pytest.raises(LookupError, match="step 5"):
-        receiver.take(1, 5)
+        asyncio.run(receiver.take(1, 5))
+
+
+def test_a_report_may_come_after_its_token(receiver):
+    """On a GPU the thread that sends it races with vLLM's output; earlier steps of the row are no answer."""
+    sender = GateSender(receiver.path)
+
+    async def late():
+        asyncio.get_running_loop().add_reader(receiver.fileno(), receiver.drain)
+        taken = asyncio.create_task(receiver.take(1, 5))
+        for step in (3, 4, 5):
+            await asyncio.sleep(0.02)
+            assert not taken.done()
+            sender.send([(2, 5, 1.0, [1, 2], [0.5, 0.4]), (1, step, 2.0, [5, 6 + step], [0.5, 0.4])])
+        return await asyncio.wait_for(taken, 5)
+
+    assert asyncio.run(late()).candidate_ids == (5, 11)
 
 
 def test_sending_to_an_actor_that_is_gone_does_not_raise(receiver):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agd_vllm.kernels.gate import entropy_and_log_sum_exp, gate
+from agd_vllm.kernels.gate import GateDecision, entropy_and_log_sum_exp, gate
 
 
 def literal(logits: torch.Tensor, tau: float, top_k: int, min_prob: float, pause: int = -1):
@@ -20,36 +20,75 @@ def literal(logits: torch.Tensor, tau: float, top_k: int, min_prob: float, pause
     return entropy, decisions
 
 
+def gate_of(logits: torch.Tensor, rows: list[int], tau: float, top_k: int, min_prob: float, pause) -> GateDecision:
+    """One threshold for all of the gated rows; `pause` is one token or one for each of them."""
+    count = len(rows)
+    paused = torch.tensor(pause).expand(count)
+    return gate(
+        logits,
+        torch.tensor(rows, dtype=torch.long),
+        torch.full((count,), tau),
+        top_k,
+        torch.full((count,), min_prob),
+        paused,
+    )
+
+
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.integers(1, 9),
+    batch=st.integers(1, 9),
     vocab=st.integers(6, 700),
     scale=st.sampled_from([0.1, 1.0, 5.0, 30.0]),
     tau=st.sampled_from([0.0, 0.5, 1.734, float("inf")]),
     min_prob=st.sampled_from([0.0, 0.05, 0.3]),
     seed=st.integers(0, 2**31),
 )
-def test_equals_the_literal_gate(rows, vocab, scale, tau, min_prob, seed):
+def test_equals_the_literal_gate(batch, vocab, scale, tau, min_prob, seed):
     """The token that pauses is never a candidate, here the most probable one of the first row."""
-    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, vocab, generator=generator) * scale
     pause = int(logits[0].argmax())
-    entropy, expected = literal(logits, tau, 5, min_prob, pause)
-    decision = gate(
-        logits, torch.full((rows,), tau), 5, torch.full((rows,), min_prob), torch.full((rows,), pause, dtype=torch.long)
-    )
+    rows = (torch.rand(batch, generator=generator) < 0.7).nonzero().flatten().tolist()
+    entropy, expected = literal(logits[rows], tau, 5, min_prob, pause)
+    written = logits.clone()
+    decision = gate_of(written, rows, tau, 5, min_prob, pause)
     torch.testing.assert_close(decision.entropy.double(), entropy, atol=2e-5, rtol=1e-5)
-    opened = dict(zip(decision.gated.tolist(), range(rows), strict=False))
-    for row, candidates in enumerate(expected):
+    torch.testing.assert_close(decision.log_sum_exp, logits[rows].logsumexp(-1), atol=2e-5, rtol=1e-5)
+    for at, candidates in enumerate(expected):
         # A probability or entropy on the very edge may fall on either side in float32.
-        if abs(float(entropy[row]) - tau) < 1e-4:
+        if abs(float(entropy[at]) - tau) < 1e-4:
             continue
-        assert (row in opened) == (candidates is not None)
+        assert bool(decision.open[at]) == (candidates is not None)
         if candidates is None:
             continue
-        at = opened[row]
         count = int(decision.candidate_count[at])
-        assert decision.candidate_ids[at, :count].tolist() == [token for token, _ in candidates]
+        assert decision.candidate_ids[at].tolist() == [token for token, _ in candidates] + [-1] * (5 - count)
         assert decision.candidate_probs[at, :count].tolist() == pytest.approx([p for _, p in candidates], rel=1e-4)
+    # Nothing but PAUSE's logit of the gated rows is written.
+    highest = torch.finfo(torch.float32).max
+    logits[rows, pause] = torch.where(decision.open, highest, -float("inf"))
+    assert torch.equal(written, logits)
+
+
+def test_among_equal_logits_the_lower_id_comes_first():
+    """Twelve tokens share the place of the last two candidates; `topk` alone would take any of them."""
+    logits = torch.zeros(2, 5000).bfloat16()
+    logits[0, 4000::50] = 3.0
+    logits[0, [17, 4321, 99]] = 4.0
+    decision = gate_of(logits, [0, 1], 0.0, 5, 0.0, [4000, 1])
+    assert decision.candidate_ids.tolist() == [[17, 99, 4321, 4050, 4100], [0, 2, 3, 4, 5]]
+
+
+def test_a_gate_needs_two_candidates_and_a_distribution():
+    """A sure row, one with a single possible token besides PAUSE, one of nothing but -inf."""
+    inf = float("inf")
+    logits = torch.tensor([[50.0, 0.0, 0.0, 0.0], [3.0, -inf, 3.0, -inf], [-inf] * 4, [1.0, 1.0, 0.0, -inf]])
+    decision = gate_of(logits, [0, 1, 2, 3], 0.0, 8, 0.01, 2)
+    assert decision.open.tolist() == [False, False, False, True]
+    assert decision.candidate_count.tolist() == [1, 1, 0, 2]
+    assert decision.candidate_ids[3].tolist() == [0, 1] + [-1] * 6
+    assert decision.entropy[2].isnan()
+    assert logits[:, 2].tolist() == [-inf, -inf, -inf, torch.finfo(torch.float32).max]
 
 
 def test_masked_and_huge_logits_are_safe():

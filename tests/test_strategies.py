@@ -23,7 +23,8 @@ TOKENS_PER_STEP, SESSIONS = 48, 6
 
 @pytest.fixture(scope="module")
 def engine(smollm2):
-    thread = EngineThread(smollm2, max_num_batched_tokens=TOKENS_PER_STEP, max_num_seqs=SESSIONS)
+    processors = (*Cad(ALPHA).processors, *Greedy(entropies=True).processors)
+    thread = EngineThread(smollm2, processors, max_num_batched_tokens=TOKENS_PER_STEP, max_num_seqs=SESSIONS)
     yield thread
     thread.close()
 

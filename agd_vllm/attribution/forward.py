@@ -73,7 +73,7 @@ class ForwardScorer:
             device=self.hf.device,
         )
         if cache_bytes is None:
-            cache_bytes = _default_cache_bytes(self.hf.device)
+            cache_bytes = default_cache_bytes(self.hf.device)
         self.cache = TangentCache(shape, cache_bytes)
         self.cache_tokens = cache_bytes // shape.token_bytes(1)
 
@@ -210,7 +210,8 @@ class ForwardScorer:
         return torch.stack(last, dim=1)
 
 
-def _default_cache_bytes(device: torch.device) -> int:
+def default_cache_bytes(device: torch.device) -> int:
+    """An eighth of the device's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 8
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8

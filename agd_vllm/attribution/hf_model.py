@@ -56,7 +56,7 @@ def load_model(
     model = AutoModelForCausalLM.from_pretrained(
         model_path,
         config=config,
-        dtype=_dtype(dtype, config),
+        dtype=weight_dtype(dtype, config),
         revision=revision,
         trust_remote_code=trust_remote_code,
         attn_implementation=attn_implementation,
@@ -68,7 +68,8 @@ def load_model(
     return HFModel(architecture, model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")))
 
 
-def _dtype(name: str, config) -> torch.dtype:
+def weight_dtype(name: str, config) -> torch.dtype:
+    """The dtype of that name. Raises ValueError for an unknown one."""
     if name == "auto":
         # float16 overflows in the tangents, whose scale the model was never trained to bound.
         return torch.float32 if config.dtype == torch.float32 else torch.bfloat16

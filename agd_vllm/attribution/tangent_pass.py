@@ -12,10 +12,10 @@ from agd_vllm.attribution.operations import operations
 from agd_vllm.attribution.rules import RULES
 from agd_vllm.attribution.sequence_attention import SequenceAttention
 from agd_vllm.attribution.tangent_cache import CachedSequence
-from agd_vllm.kernels import cached_attention
+from agd_vllm.kernels import cached_attention, triton_support
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, int | None], torch.Tensor]
-"""Layer, queries, keys, values and window to the layer's attention: see `SequenceAttention` and its faster twin."""
+"""Layer, queries, keys, values and window to the layer's attention: see `SequenceAttention` and its faster twins."""
 
 
 class TangentPass:
@@ -33,9 +33,9 @@ class TangentPass:
         self.decoder = adapt(hf)
         self.ops = operations(hf, self.decoder, self.rule)
         self.key_tangents = self.rule.scores != 0
-        self._compiled_attention = hf.device.type == "cpu" and cached_attention.available(hf.head_dim)
         self.cache_dtype = hf.unembedding.dtype
-        if hf.device.type == "cpu" and not self._compiled_attention:
+        self._kernel = _attention_kernel(hf)
+        if hf.device.type == "cpu" and self._kernel is None:
             # PyTorch multiplies small bfloat16 batches slower than float32 ones there.
             self.cache_dtype = torch.float32
 
@@ -85,10 +85,10 @@ class TangentPass:
 
     def _attention(self, segments: Sequence[tuple[CachedSequence, int]]) -> Attend:
         rule = self.rule
-        if self._compiled_attention:
-            caches = [(sequence.keys, sequence.values, sequence.length, count) for sequence, count in segments]
-            return cached_attention.CachedAttention(caches, rule.scores, rule.values)
-        return SequenceAttention(segments, rule)
+        if self._kernel is None:
+            return SequenceAttention(segments, rule)
+        caches = [(sequence.keys, sequence.values, sequence.length, count) for sequence, count in segments]
+        return self._kernel(caches, rule.scores, rule.values)
 
     def _attend(
         self,
@@ -132,3 +132,16 @@ class TangentPass:
     def _norm(self, streams: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         """As they are where the architecture has no norm there."""
         return streams if norm is None else self.ops.exact_norm(streams.float(), norm)
+
+
+def _attention_kernel(hf: HFModel) -> Callable[..., Attend] | None:
+    """The faster twin of `SequenceAttention` for the model's device, heads and dtype, if there is one."""
+    if hf.device.type == "cpu":
+        return cached_attention.CachedAttention if cached_attention.available(hf.head_dim) else None
+    # On a GPU, where Triton may be missing.
+    if not triton_support.available():
+        return None
+    from agd_vllm.kernels import dual_attention
+
+    fitting = dual_attention.available(hf.head_dim, hf.unembedding.dtype)
+    return dual_attention.DualAttention if fitting else None

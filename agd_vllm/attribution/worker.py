@@ -15,13 +15,15 @@ from agd_vllm.records import ScoreRequest
 class AttributionSettings:
     """What a worker is started with. `scorer` is `forward` or `lxt`, `rule` is `attnlrp`, `cplrp` or `ixg`.
 
-    `cores`: the CPU cores that it runs on (CPU only; None leaves it to torch).
+    `cores`: the CPU cores that it runs on (CPU only; None leaves it to torch). `gpu_share`: its part of a GPU, 0
+    without one.
     """
 
     scorer: str
     rule: str
     dtype: str
     cores: list[int] | None = None
+    gpu_share: float = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,8 @@ class AttributionWorker:
             torch.set_num_threads(len(settings.cores))
         from agd_vllm.attribution.scorer import load_scorer
 
+        if settings.gpu_share:
+            _check_gpu(model, revision, trust_remote_code, settings)
         self._scorer = load_scorer(
             settings.scorer,
             model,
@@ -82,3 +86,23 @@ class AttributionWorker:
             logging.getLogger("agd_vllm").exception("the GPU failed; the attribution worker ends")
             os._exit(1)
         return ScoredBatch(scores, begun, time.time() - begun)
+
+
+def _check_gpu(model: str, revision: str | None, trust_remote_code: bool, settings: AttributionSettings) -> None:
+    """Raises RuntimeError with one line where the worker's share of the GPU, or what others left, is too small."""
+    import torch
+
+    from agd_vllm.attribution.forward import PASS_TOKENS, default_cache_bytes
+    from agd_vllm.attribution.hf_model import load_config, weight_dtype
+    from agd_vllm.gpu_memory import check_room, worker_needs
+
+    config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    free, total = torch.cuda.mem_get_info()
+    # Reverse mode keeps no cache, and is the reference rather than what is run at scale.
+    cache_bytes = default_cache_bytes(torch.device("cuda")) if settings.scorer == "forward" else 0
+    needs = worker_needs(config, weight_dtype(settings.dtype, config), cache_bytes, PASS_TOKENS)
+    remedies = "take --attribution-dtype bfloat16, fewer --attribution-workers or --engines"
+    if free < settings.gpu_share * total:
+        remedies += ", a lower --engine-arg gpu_memory_utilization"
+    room = min(free, int(settings.gpu_share * total))
+    check_room("an attribution worker", needs, room, total, f"{remedies}, or more GPUs")

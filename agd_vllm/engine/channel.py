@@ -1,11 +1,13 @@
 """How gated steps reach the engine actor from vLLM's worker process: one Unix datagram per engine step.
 
-Tokens that a contrast has chosen and recorded entropies take the same way. A datagram sent while sampling arrives
-before the PAUSE token does, which travels through two more processes.
+On a CPU a datagram is sent while sampling and arrives before the PAUSE token does, which travels through two more
+processes. On a GPU a thread sends it as soon as the decision has been copied: it may come a moment after the token.
+Tokens that a contrast has chosen and recorded entropies take the same way.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -23,6 +25,8 @@ MAX_DATAGRAM = 1 << 16
 # Bytes at most: 14 for a candidate (id and probability), 32 for the rest of a report.
 CANDIDATE_BYTES, REPORT_BYTES = 14, 32
 MAX_TOP_K = 2000
+# A report that is not here so long after its PAUSE token will not come.
+REPORT_S = 10.0
 
 # Choices or entropies in a datagram: at most 24 bytes each.
 NOTES_PER_DATAGRAM = 1000
@@ -103,6 +107,7 @@ class GateReceiver:
         self._latest: dict[int, Gate] = {}
         self._choices: dict[int, tuple[int, int]] = {}
         self._entropies: dict[int, dict[int, float]] = {}
+        self._awaited: dict[int, asyncio.Event] = {}
         self._decoder = msgspec.msgpack.Decoder(Datagram)
         os.environ[SOCKET_VARIABLE] = self.path
 
@@ -116,6 +121,8 @@ class GateReceiver:
                 datagram: Datagram = self._decoder.decode(self._socket.recv(MAX_DATAGRAM))
                 for key, step, entropy, ids, probs in datagram.reports:
                     self._latest[key] = Gate(step, entropy, tuple(ids), tuple(probs))
+                    if key in self._awaited:
+                        self._awaited[key].set()
                 for key, step, token_id in datagram.choices:
                     self._choices[key] = (step, token_id)
                 for key, step, entropy in datagram.entropies:
@@ -124,12 +131,22 @@ class GateReceiver:
                 if datagram.step is not None:
                     self._on_step(datagram.step)
 
-    def take(self, key: int, step: int) -> Gate:
-        """The report of row `key` at output step `step`. Raises LookupError when there is none."""
+    async def take(self, key: int, step: int) -> Gate:
+        """The report of row `key` at output step `step`; waits if it is still on its way.
+
+        Raises LookupError when there is none.
+        """
         self.drain()
-        gate = self._latest.pop(key, None)
-        if gate is None or gate.step != step:
-            raise LookupError(f"no gate report for step {step} (latest: {gate.step if gate else None})")
+        arrived = self._awaited[key] = asyncio.Event()
+        try:
+            async with asyncio.timeout(REPORT_S):
+                while (gate := self._latest.pop(key, None)) is None or gate.step != step:
+                    arrived.clear()
+                    await arrived.wait()
+        except TimeoutError as error:
+            raise LookupError(f"no gate report for step {step} came within {REPORT_S:g} s") from error
+        finally:
+            del self._awaited[key]
         return gate
 
     def take_choice(self, key: int, step: int) -> int:

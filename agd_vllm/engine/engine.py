@@ -22,13 +22,15 @@ from agd_vllm.records import PreparedRow
 from agd_vllm.trace import Tracer
 
 CPU_MEMORY_SHARE = 1 / 8
-PROCESSORS = (
-    "agd_vllm.engine.gate:GateProcessor",
-    "agd_vllm.engine.contrast:ContrastProcessor",
-    "agd_vllm.engine.entropies:EntropyProcessor",
-)
 # With something to run, an engine that gives no token at all for so long hangs.
 SILENCE_S = 900.0
+# The gate by vLLM's interface: Model Runner V2, or V1. What else a strategy may ask for, Model Runner V1 only.
+GATE_PROCESSORS = {
+    True: "agd_vllm.engine.gate_v2:GateProcessorV2",
+    False: "agd_vllm.engine.gate_v1:GateProcessorV1",
+}
+CONTRAST_PROCESSOR = "agd_vllm.engine.contrast:ContrastProcessor"
+ENTROPY_PROCESSOR = "agd_vllm.engine.entropies:EntropyProcessor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class EngineSettings:
 
     `cores`: the CPU cores that vLLM's threads are bound to (CPU only; None leaves it to vLLM). `deadline_s`: a session
     that gives no token for so long, while others do, is opened anew; it must bear the prefill of many long prompts.
+    `processors`: logits processors beside the gate, of Model Runner V1.
     """
 
     dtype: str = "auto"
@@ -53,6 +56,7 @@ class EngineSettings:
     seed: int = 0
     trust_remote_code: bool = False
     deadline_s: float = 1200.0
+    processors: tuple[str, ...] = ()
     cores: list[int] | None = None
     engine_args: dict[str, Any] = field(default_factory=dict)
 
@@ -75,10 +79,19 @@ class Engine:
         if self._tracer.enabled:
             os.environ[TRACE_VARIABLE] = "1"
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_args()))
-        config = self._llm.vllm_config
+        args = AsyncEngineArgs(**self._engine_args())
+        config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+        # Which model runner vLLM takes depends on all of its configuration.
+        config.model_config.logits_processors = [
+            GATE_PROCESSORS[config.use_v2_model_runner],
+            *self._settings.processors,
+        ]
+        if not _on_cpu():
+            check_gpu(config)
+        self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
         self.max_model_len: int = config.model_config.max_model_len
         self.max_sessions: int = config.scheduler_config.max_num_seqs
         self._admission = Admission(
@@ -98,9 +111,7 @@ class Engine:
             "max_model_len": settings.max_model_len,
             "seed": settings.seed,
             "trust_remote_code": settings.trust_remote_code,
-            "enable_log_requests": False,
             "disable_log_stats": True,
-            "logits_processors": list(PROCESSORS),
             # One block size for all layers: admission counts blocks of one kind.
             "disable_hybrid_kv_cache_manager": True,
             # A session preempted while its PAUSE is in flight would be lost.
@@ -203,6 +214,25 @@ class Engine:
         self._receiver.close()
 
 
+def check_gpu(config: Any) -> None:
+    """Raises RuntimeError with one line where what vLLM may take of a GPU, by its `config`, is too little."""
+    import torch
+
+    from agd_vllm.gpu_memory import check_room, engine_needs
+
+    model = config.model_config
+    if model.quantization is not None:
+        return  # what its weights take only vLLM knows
+    needs = engine_needs(model.hf_config, model.dtype, model.max_model_len, config.parallel_config.world_size)
+    _, total = torch.cuda.mem_get_info()
+    share = config.cache_config.gpu_memory_utilization
+    remedies = (
+        "take a lower --max-model-len, fewer --engines or --attribution-workers, a higher --engine-arg "
+        "gpu_memory_utilization or tensor_parallel_size, or more GPUs"
+    )
+    check_room("an engine", needs, int(share * total), total, remedies)
+
+
 def _on_cpu() -> bool:
     import torch
 
@@ -211,8 +241,9 @@ def _on_cpu() -> bool:
 
 def _set_environment(settings: EngineSettings) -> None:
     """vLLM reads these when it is imported or when its worker starts; what the user has set wins."""
-    # The gate is a Model Runner V1 logits processor.
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    if _on_cpu() or settings.processors:
+        # Model Runner V2 needs a GPU's Triton, and takes no processors of V1.
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ[ACTOR_VARIABLE] = f"{os.getpid()}"
     if settings.cores is not None:

@@ -77,7 +77,7 @@ class Session:
 
     async def next(self) -> Gate | Finished:
         """Decodes up to the next gated step or the end. Raises SessionFailed or SessionStalled."""
-        return await self.advance() or self._receiver.take(self._key, len(self._stops.token_ids))
+        return await self.advance() or await self._receiver.take(self._key, len(self._stops.token_ids))
 
     async def advance(self) -> Finished | None:
         """As `next`, with None for a pause, whose report may not have come yet."""

@@ -199,6 +199,7 @@ class Decoder:
             seed=options.seed,
             trust_remote_code=options.trust_remote_code,
             engine_args={key: value for key, value in options.engine_args.items() if key != "revision"},
+            processors=self._strategy.processors,
         )
         gate = GateSettings(options.tau, options.top_k, options.min_prob)
         attribution = AttributionSettings(options.scorer, options.rule, options.attribution_dtype or options.dtype)

@@ -136,6 +136,7 @@ def make_replica(
 
 def make_worker(cluster: Cluster, index: int, model: ModelInfo, settings: AttributionSettings, debug: bool) -> Any:
     """The attribution actor of that index; it loads its model while it is made, `info` answers when it has."""
+    settings = replace(settings, gpu_share=cluster.shares.worker)
     actor = ray.remote(AttributionWorker).options(
         num_cpus=1,
         num_gpus=cluster.shares.worker,

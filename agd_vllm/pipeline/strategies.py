@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from agd_vllm.engine.engine import CONTRAST_PROCESSOR, ENTROPY_PROCESSOR
 from agd_vllm.engine.events import Finished
 from agd_vllm.records import Gate, GuidedStep, PreparedRow, Roi, RowRefused
 
@@ -24,6 +25,11 @@ class Strategy(ABC):
     pauses: ClassVar[bool] = True
     attribution: ClassVar[bool] = False
 
+    @property
+    def processors(self) -> tuple[str, ...]:
+        """The logits processors that the engine needs beside the gate."""
+        return ()
+
     @abstractmethod
     async def decode(self, decoding: RowDecoding) -> str:
         """Decodes a row to its end, filling in `decoding`; returns the finish reason. Raises as `decode_row`."""
@@ -37,6 +43,10 @@ class Greedy(Strategy):
     name = "greedy"
     regions = False
     pauses = False
+
+    @property
+    def processors(self) -> tuple[str, ...]:
+        return (ENTROPY_PROCESSOR,) if self.entropies else ()
 
     async def decode(self, decoding: RowDecoding) -> str:
         return await decoding.in_sessions(lambda: self._session(decoding))
@@ -153,6 +163,10 @@ class Cad(Strategy):
 
     alpha: float = 0.5
     name = "cad"
+
+    @property
+    def processors(self) -> tuple[str, ...]:
+        return (CONTRAST_PROCESSOR,)
 
     async def decode(self, decoding: RowDecoding) -> str:
         without = prompt_without_region(decoding.row)

@@ -1,44 +1,14 @@
 """The compiled attention of a CPU against its twin in PyTorch."""
 
-from dataclasses import replace
-
 import pytest
 import torch
+from cached_batch import batch, copies, same_caches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agd_vllm.attribution.rules import RULES
 from agd_vllm.attribution.sequence_attention import SequenceAttention
-from agd_vllm.attribution.tangent_cache import CachedSequence, CacheShape
 from agd_vllm.kernels import cached_attention
-from agd_vllm.records import Roi, Span
-
-LAYERS = 2
-
-
-def batch(rule, kv_heads, group, head_dim, regions, sequences: list[tuple[int, int]], dtype=torch.float32):
-    """Caches with random content up to each length, and the queries, keys and values of the new tokens."""
-    shape = CacheShape(LAYERS, kv_heads, head_dim, RULES[rule].scores != 0, dtype, torch.device("cpu"))
-    segments = []
-    for length, count in sequences:
-        sequence = CachedSequence(shape, (Roi((Span(0, 1),)),) * regions)
-        sequence.reserve(length + count)
-        # What lies beyond the length must never be read.
-        sequence.keys.fill_(float("nan"))
-        sequence.values.fill_(float("nan"))
-        sequence.keys[:, :, :, :length].normal_()
-        sequence.values[:, :, :, :length].normal_()
-        sequence.length = length
-        segments.append((sequence, count))
-    rows, streams = sum(count for _, count in sequences), 1 + regions
-    key_streams = segments[0][0].keys.shape[2]
-    queries = torch.randn(key_streams, rows, kv_heads * group, head_dim) * head_dim**-0.5 * 3
-    return (
-        segments,
-        queries,
-        torch.randn(key_streams, rows, kv_heads, head_dim),
-        torch.randn(streams, rows, kv_heads, head_dim),
-    )
 
 
 def compiled(segments, rule):
@@ -60,17 +30,11 @@ def compiled(segments, rule):
 def test_it_attends_and_fills_the_caches_as_its_twin(rule, kv_heads, group, head_dim, regions, sequences, window, seed):
     torch.manual_seed(seed)
     segments, queries, keys, values = batch(rule, kv_heads, group, head_dim, regions, sequences)
-    caches = [(sequence.keys.clone(), sequence.values.clone()) for sequence, _ in segments]
+    twins = copies(segments)
     ours = compiled(segments, rule)(1, queries, keys, values, window)
-    filled = [(sequence.keys.clone(), sequence.values.clone()) for sequence, _ in segments]
-    for (sequence, _), (old_keys, old_values) in zip(segments, caches, strict=True):
-        sequence.keys.copy_(old_keys)
-        sequence.values.copy_(old_values)
-    theirs = SequenceAttention(segments, RULES[rule])(1, queries, keys, values, window)
+    theirs = SequenceAttention(twins, RULES[rule])(1, queries, keys, values, window)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
-    for (sequence, _), (our_keys, our_values) in zip(segments, filled, strict=True):
-        assert torch.equal(our_keys.nan_to_num(9), sequence.keys.nan_to_num(9))
-        assert torch.equal(our_values.nan_to_num(9), sequence.values.nan_to_num(9))
+    assert same_caches(segments, twins)
 
 
 @pytest.mark.parametrize("window", [None, 20])
@@ -79,16 +43,12 @@ def test_bfloat16_caches_are_read_and_filled(rule, window):
     """The twin rounds everything in between, too, so it gets what the caches hold in float32."""
     torch.manual_seed(0)
     segments, queries, keys, values = batch(rule, 3, 2, 64, 2, [(100, 3), (0, 40), (77, 1)], torch.bfloat16)
-    in_float = [(replace(sequence, shape=replace(sequence.shape, dtype=torch.float32)), n) for sequence, n in segments]
-    for (sequence, _), (twin, _) in zip(segments, in_float, strict=True):
-        twin.keys, twin.values = sequence.keys.float(), sequence.values.float()
+    in_float = copies(segments, torch.float32)
     ours = compiled(segments, rule)(1, queries, keys, values, window)
     rounded = keys.bfloat16().float(), values.bfloat16().float()
     theirs = SequenceAttention(in_float, RULES[rule])(1, queries, *rounded, window)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
-    for (sequence, _), (twin, _) in zip(segments, in_float, strict=True):
-        assert torch.equal(sequence.keys.float().nan_to_num(9), twin.keys.nan_to_num(9))
-        assert torch.equal(sequence.values.float().nan_to_num(9), twin.values.nan_to_num(9))
+    assert same_caches(segments, in_float)
 
 
 def test_a_sequence_gets_the_same_bits_whatever_is_beside_it():

@@ -1,0 +1,59 @@
+"""Whether a model fits the share of a GPU that it was given: told in one line before it is loaded."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+GIB = 1 << 30
+# What the CUDA context, libraries and compiled kernels of a process take.
+PROCESS_BYTES = GIB // 2
+# Streams of a guided step: values and one tangent.
+STREAMS = 2
+
+
+def weight_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Of the model's parameters, tied ones once; no weight is read."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+
+
+def worker_needs(config: PretrainedConfig, dtype: torch.dtype, cache_bytes: int, pass_tokens: int) -> dict[str, int]:
+    """Bytes of an attribution worker: `cache_bytes` of tangent cache, activations of `pass_tokens` at a time."""
+    text = config.get_text_config()
+    # The residual stream, norms, queries, keys, values and the gated product of one layer, float32.
+    per_token = STREAMS * 4 * (8 * text.hidden_size + 4 * text.intermediate_size)
+    return {
+        "weights": weight_bytes(config, dtype),
+        "tangent cache": cache_bytes,
+        "activations": pass_tokens * per_token + PROCESS_BYTES,
+    }
+
+
+def engine_needs(config: PretrainedConfig, dtype: torch.dtype, max_model_len: int, gpus: int) -> dict[str, int]:
+    """Bytes of an engine on each of its `gpus`: the KV cache of one row of `max_model_len` tokens, at least."""
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * dtype.itemsize
+    return {
+        "weights": weight_bytes(config, dtype) // gpus,
+        f"KV cache of one row of {max_model_len} tokens": max_model_len * per_token // gpus,
+        "the rest": PROCESS_BYTES,
+    }
+
+
+def check_room(who: str, needs: dict[str, int], room: int, total: int, remedies: str) -> None:
+    """Raises RuntimeError with one line where `who` needs more than `room` bytes of a GPU with `total`."""
+    needed = sum(needs.values())
+    if needed <= room:
+        return
+    parts = ", ".join(f"{what} {_gib(size)}" for what, size in needs.items())
+    raise RuntimeError(
+        f"{who} needs {_gib(needed)} GiB of GPU memory ({parts}) and has {_gib(room)} of the GPU's {_gib(total)} GiB: "
+        f"{_gib(needed - room)} GiB are missing; {remedies}"
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f}"

@@ -1,0 +1,154 @@
+"""How near the GPU kernels come to what bounds them.
+
+    python -m benchmarks.kernels --json benchmarks/results/kernels-DEVICE.json
+
+`ratio` is seconds over `bound_seconds`. Bounds: `gate`, one read of the logits at the card's copy bandwidth; `dual
+attention prefill`, scaled_dot_product_attention forward on the values alone; `dual attention decode`, one read of K, V,
+K', V' at that bandwidth. `gate twin` is the PyTorch twin of the gate. Without a GPU the kernels are interpreted on
+small shapes (run it with TRITON_INTERPRET=1), which shows that they run and no more.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+import torch.nn.functional as F
+
+from agd_vllm.kernels import gate_triton, triton_support
+from agd_vllm.kernels.dual_attention import DualAttention
+from agd_vllm.kernels.gate import gate_twin
+from benchmarks.machine import describe
+
+GATE_SHAPES = [(256, 128256), (64, 128256), (8, 128256), (256, 151936), (256, 49152)]
+PREFILL_TOKENS = [1024, 4096]
+DECODES = [(64, 4096), (16, 4096), (1, 4096), (64, 512)]
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+SMALL = {"gate": [(2, 5000)], "prefill": [40], "decode": [(2, 60)], "heads": (4, 2, 64)}
+COPY_BYTES = 1 << 30
+TOP_K = 5
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Median time of a call: on the GPU, its cache flushed before each; interpreted, of a single one."""
+    if not torch.cuda.is_available():
+        begun = time.perf_counter()
+        call()
+        return time.perf_counter() - begun
+    from triton.testing import do_bench
+
+    return do_bench(call, warmup=100, rep=500, return_mode="median") / 1e3
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written ones together."""
+    source = torch.empty(COPY_BYTES if device.type == "cuda" else 1 << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds_of(lambda: target.copy_(source))
+
+
+def gate_points(device: torch.device, shapes: list, bandwidth: float) -> Iterator[dict]:
+    """With all gates closed, and with all of them open: a tau that no entropy is below, and all k candidates."""
+    for (rows, vocab), is_open in itertools.product(shapes, (False, True)):
+        logits = torch.randn(rows, vocab, device=device).bfloat16()
+        arguments = (
+            torch.arange(rows, device=device),
+            torch.full((rows,), -1.0 if is_open else 1e3, device=device),
+            TOP_K,
+            torch.zeros(rows, device=device),
+            torch.full((rows,), vocab - 1, device=device),
+        )
+        # Twice: what PAUSE's logit becomes must not change the next call's decision.
+        for _ in range(2):
+            assert gate_triton.gate(logits, *arguments).open.tolist() == [is_open] * rows
+        bound = logits.numel() * logits.element_size() / bandwidth
+        shape = {"rows": rows, "vocab": vocab, "gates": "open" if is_open else "closed"}
+        for name, run in (("gate", gate_triton.gate), ("gate twin", gate_twin)):
+            yield _point(name, shape, "bfloat16", seconds_of(partial(run, logits, *arguments)), bound)
+
+
+def caches(device: torch.device, sequences: int, tokens: int, kv_heads: int, head_dim: int) -> list:
+    """Keys and values of one layer with one tangent each."""
+    size = (1, kv_heads, 2, tokens, head_dim)
+    return [tuple(torch.randn(size, device=device, dtype=torch.bfloat16) for _ in range(2)) for _ in range(sequences)]
+
+
+def attention(held: list, lengths: int, count: int, heads: int, device: torch.device) -> Callable[[], torch.Tensor]:
+    """One layer's attention of `count` new tokens in each of the held sequences after `lengths` cached ones."""
+    kv_heads, head_dim = held[0][0].shape[1], held[0][0].shape[4]
+    attend = DualAttention([(keys, values, lengths, count) for keys, values in held], 1 / 4, 1 / 2)
+    rows = len(held) * count
+    queries = torch.randn(2, rows, heads, head_dim, device=device) * head_dim**-0.5
+    keys, values = (torch.randn(2, rows, kv_heads, head_dim, device=device) for _ in range(2))
+    return lambda: attend(0, queries, keys, values, None)
+
+
+def prefill_points(device: torch.device, lengths: list[int], shape: tuple[int, int, int]) -> Iterator[dict]:
+    heads, kv_heads, head_dim = shape
+    for tokens in lengths:
+        held = caches(device, 1, tokens, kv_heads, head_dim)
+        step = attention(held, 0, tokens, heads, device)
+        query = torch.randn(1, heads, tokens, head_dim, device=device, dtype=torch.bfloat16)
+        key, value = (torch.randn(1, kv_heads, tokens, head_dim, device=device, dtype=torch.bfloat16) for _ in range(2))
+        plain = partial(F.scaled_dot_product_attention, query, key, value, is_causal=True, enable_gqa=True)
+        bound = seconds_of(plain)
+        described = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        yield _point("dual attention prefill", described, "bfloat16", seconds_of(step), bound)
+
+
+def decode_points(device: torch.device, shapes: list, shape: tuple[int, int, int], bandwidth: float) -> Iterator[dict]:
+    heads, kv_heads, head_dim = shape
+    for sequences, context in shapes:
+        held = caches(device, sequences, context, kv_heads, head_dim)
+        step = attention(held, context - 1, 1, heads, device)
+        size = sum(keys.numel() + values.numel() for keys, values in held) * 2
+        described = {"sequences": sequences, "context": context, "heads": heads, "kv_heads": kv_heads}
+        described["head_dim"] = head_dim
+        yield _point("dual attention decode", described, "bfloat16", seconds_of(step), size / bandwidth)
+
+
+def _point(kernel: str, shape: dict, dtype: str, seconds: float, bound: float) -> dict:
+    point = {
+        "kernel": kernel,
+        "shape": shape,
+        "dtype": dtype,
+        "seconds": seconds,
+        "bound_seconds": bound,
+        "ratio": seconds / bound,
+    }
+    click.echo(json.dumps(point))
+    return point
+
+
+@click.command(help=__doc__)
+@click.option("--json", "output", required=True)
+def main(output):
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and not triton_support.interpreted():
+        raise click.ClickException("there is no NVIDIA GPU; TRITON_INTERPRET=1 runs the kernels on a CPU, to try them")
+    device = torch.device("cuda" if on_gpu else "cpu")
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth(device)
+    heads = (HEADS, KV_HEADS, HEAD_DIM) if on_gpu else SMALL["heads"]
+    points = [
+        *gate_points(device, GATE_SHAPES if on_gpu else SMALL["gate"], bandwidth),
+        *prefill_points(device, PREFILL_TOKENS if on_gpu else SMALL["prefill"], heads),
+        *decode_points(device, DECODES if on_gpu else SMALL["decode"], heads, bandwidth),
+    ]
+    result = {
+        "device": torch.cuda.get_device_name() if on_gpu else "interpreter (CPU): no claim about time",
+        "copy_bytes_per_second": bandwidth,
+        "points": points,
+        **describe(),
+    }
+    Path(output).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

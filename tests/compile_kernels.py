@@ -1,0 +1,119 @@
+"""Compiles the Triton kernels for NVIDIA GPUs, none at hand: a line of JSON for each, as the assembler sees it.
+
+A process of its own: where a compiler fails in earnest it takes the process along.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from agd_vllm.kernels import dual_attention, dual_attention_triton, gate_triton
+
+# Compute capability and the shared memory that a block may have: A100, H100.
+GPUS = {80: 163 << 10, 90: 227 << 10}
+ALIGNED = [["tt.divisibility", 16]]
+NUMBERS = ("ratio", "value_factor", "largest")
+TABLES = {"sequences": "i64", "tiles": "i64", "tokens": "i64", "rows": "i64", "pause": "i64", "opens": "i1"}
+COUNTS = {"candidate_ids": "i32", "candidate_counts": "i32", "logits": "bf16"}
+
+
+def build(function, gpu: int, pointers: tuple[str, ...], constants: dict, **options) -> None:
+    """`pointers`: the arguments that are tensors; the others are numbers, as in a call."""
+    signature, aligned = {}, {}
+    for index, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in pointers:
+            signature[name] = "*" + (TABLES | COUNTS).get(name, "fp32")
+            aligned[(index,)] = ALIGNED
+        else:
+            signature[name] = "fp32" if name in NUMBERS else "i32"
+            if name in ("stride", "vocab"):
+                aligned[(index,)] = ALIGNED
+    source = ASTSource(function, signature=signature, constexprs=constants, attrs=aligned)
+    kernel = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options=options)
+    assembly = kernel.asm["ptx"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(assembly)
+        file.flush()
+        arch = re.search(r"\.target (\w+)", assembly)[1]
+        command = [get_ptxas(gpu).path, "-v", f"--gpu-name={arch}", file.name, "-o", "/dev/null"]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    result = {
+        "kernel": function.__name__,
+        "gpu": gpu,
+        "registers": int(re.search(r"Used (\d+) registers", told)[1]),
+        "spilled_bytes": int(re.search(r"(\d+) bytes spill stores", told)[1]),
+        "shared_bytes": kernel.metadata.shared,
+        "shared_limit": GPUS[gpu],
+        "widest_load": max(
+            (int(lanes or 1) * int(bits) for lanes, bits in re.findall(r"ld\.global(?:\.v(\d))?\.b(\d+)", assembly)),
+            default=0,
+        ),
+    }
+    print(json.dumps(result), flush=True)
+
+
+def gate(gpu: int) -> None:
+    tensors = ("logits", "rows", "pause", "maxima", "partials")
+    build(
+        gate_triton._measure,
+        gpu,
+        tensors,
+        {"TILE": gate_triton.TILE, "TILES": gate_triton.TILES},
+        num_warps=gate_triton.MEASURE_WARPS,
+    )
+    outputs = ("entropies", "log_sum_exps", "opens", "candidate_ids", "candidate_probs", "candidate_counts")
+    build(
+        gate_triton._decide,
+        gpu,
+        (*tensors, "tau", "min_prob", *outputs),
+        {"TILE": gate_triton.TILE, "ALL_TILES": 256, "CHUNKS": 16, "TOP_K": 64},
+        num_warps=gate_triton.DECIDE_WARPS,
+    )
+
+
+def append(gpu: int, head_dim: int) -> None:
+    tensors = ("sequences", "tokens", "keys", "values")
+    build(dual_attention_triton.append, gpu, tensors, kind(head_dim), num_warps=1)
+
+
+def attention(gpu: int, head_dim: int) -> None:
+    for tilings, split in ((dual_attention.DECODE, True), (dual_attention.PREFILL, False)):
+        tiling = dual_attention.choose_tiling(tilings, kind(head_dim)["BLOCK_D"], 4, GPUS[gpu])
+        build(
+            dual_attention_triton.attend,
+            gpu,
+            ("sequences", "tiles", "queries", "out", "sums", "numbers"),
+            {
+                "KEY_TANGENTS": True,
+                "WINDOW": False,
+                "SPLIT": split,
+                "ROWS": tiling.rows,
+                "KEYS": tiling.keys,
+                "INTERPRETED": False,
+                **kind(head_dim),
+            },
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+        )
+
+
+def kind(head_dim: int) -> dict:
+    return {"TYPE": tl.bfloat16, "D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    gate(90)
+    append(90, 128)
+    for gpu in GPUS:
+        attention(gpu, 128)

@@ -1,0 +1,74 @@
+"""What only an NVIDIA GPU shows: the kernels as compiled code, and V2's reports from its streams."""
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
+
+from cached_batch import batch, copies, same_caches
+
+from agd_vllm.attribution.rules import RULES
+from agd_vllm.attribution.sequence_attention import SequenceAttention
+from agd_vllm.engine.gate_reports import CopyFromGPU
+from agd_vllm.kernels import dual_attention, triton_support
+from agd_vllm.kernels.gate import gate, gate_twin
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 49152), (64, 128256), (7, 151936), (3, 300001)])
+def test_the_gate_equals_its_twin(rows, vocab, dtype):
+    assert triton_support.available()
+    torch.manual_seed(vocab)
+    logits = (torch.randn(rows, vocab, device=CUDA) * 3).to(dtype)
+    logits[0, ::3] = -torch.inf
+    arguments = (
+        torch.arange(rows, device=CUDA),
+        torch.full((rows,), 1.0, device=CUDA),
+        20,
+        torch.full((rows,), 1e-4, device=CUDA),
+        torch.randint(vocab, (rows,), device=CUDA),
+    )
+    theirs = logits.clone()
+    torch.cuda.set_sync_debug_mode("error")  # nothing may wait for the GPU
+    decision = gate(logits, *arguments)
+    torch.cuda.set_sync_debug_mode("default")
+    expected = gate_twin(theirs, *arguments)
+    for name in ("entropy", "log_sum_exp", "candidate_probs"):
+        torch.testing.assert_close(getattr(decision, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+    for name in ("open", "candidate_ids", "candidate_count"):
+        assert torch.equal(getattr(decision, name), getattr(expected, name)), name
+    assert torch.equal(logits, theirs)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("rule", list(RULES))
+def test_attention_equals_its_twin(rule, window, head_dim):
+    """A long prefill, a chunk, cached steps of which some share their keys out; bfloat16 against float32."""
+    torch.manual_seed(head_dim)
+    sequences = [(0, 700), (900, 33), (2000, 1), (5, 1)]
+    segments, queries, keys, values = batch(rule, 2, 4, head_dim, 1, sequences, torch.bfloat16, CUDA)
+    queries, keys, values = (tensor.bfloat16().float() for tensor in (queries, keys, values))
+    twins = copies(segments, torch.float32)
+    assert dual_attention.available(head_dim, torch.bfloat16)
+    held = [(sequence.keys, sequence.values, sequence.length, count) for sequence, count in segments]
+    ours = dual_attention.DualAttention(held, RULES[rule].scores, RULES[rule].values)(1, queries, keys, values, window)
+    theirs = SequenceAttention(twins, RULES[rule])(1, queries, keys, values, window)
+    torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=2**-6 * float(theirs.abs().max()))
+    assert same_caches(segments, twins)
+
+
+def test_a_decision_is_copied_behind_the_models_back():
+    copy_from_gpu = CopyFromGPU(CUDA)
+    logits = torch.randn(4, 1000, device=CUDA)
+    zeros = torch.zeros(4, device=CUDA)
+    decision = gate(logits, torch.arange(4, device=CUDA), zeros, 5, zeros, torch.full((4,), 3, device=CUDA))
+    torch.cuda.set_sync_debug_mode("error")
+    copy, wait = copy_from_gpu(decision)
+    torch.cuda.set_sync_debug_mode("default")
+    wait()
+    for ours, theirs in zip(copy, decision, strict=True):
+        assert ours.device.type == "cpu" and torch.equal(ours, theirs.cpu())

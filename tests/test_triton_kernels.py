@@ -1,0 +1,63 @@
+"""The Triton kernels: interpreted on a CPU, compiled for GPUs that are not here, and done without."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CHECKOUT
+
+from agd_vllm.attribution.tangent_pass import _attention_kernel
+from agd_vllm.kernels import triton_support
+
+
+def test_interpreted_kernels_equal_their_twins():
+    """In a process of its own: Triton must know that it interprets before anything imports it, and vLLM does."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+def test_they_compile_for_gpus_and_fit_them():
+    """Registers that spill by the kilobyte would be a kernel that runs at the speed of memory."""
+    command = [sys.executable, str(CHECKOUT / "tests/compile_kernels.py")]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {(kernel["kernel"], kernel["gpu"]) for kernel in kernels} == {
+        *((name, 90) for name in ("_measure", "_decide", "append", "attend")),
+        ("attend", 80),
+    }
+    for kernel in kernels:
+        assert kernel["shared_bytes"] <= kernel["shared_limit"], kernel
+        assert kernel["spilled_bytes"] <= 1024, kernel
+        if kernel["kernel"] in ("_measure", "attend"):
+            assert kernel["widest_load"] == 128, kernel
+
+
+@pytest.fixture
+def fresh():
+    triton_support.available.cache_clear()
+    yield
+    triton_support.available.cache_clear()
+
+
+@pytest.mark.parametrize("trouble", ["missing", "too old"])
+def test_without_triton_the_twins_are_used_after_one_warning(fresh, monkeypatch, caplog, trouble):
+    if trouble == "missing":
+        monkeypatch.setitem(sys.modules, "triton", None)
+    else:
+        monkeypatch.setattr("triton.__version__", "2.3.1")
+    model = SimpleNamespace(device=torch.device("cuda"), head_dim=64, unembedding=torch.empty(0, dtype=torch.bfloat16))
+    with caplog.at_level(logging.WARNING, "agd_vllm"):
+        assert _attention_kernel(model) is None and _attention_kernel(model) is None
+    (record,) = caplog.records
+    assert record.message.startswith("the GPU is used without kernels of its own, which is slower: ")
+    assert record.message.endswith("(needs triton>=3.2)")
