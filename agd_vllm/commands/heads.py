@@ -40,6 +40,8 @@ def heads(
     smaller one. A question takes a second or two for a small model on two cores.
     """
     quiet_unless(debug)
+    from transformers.utils.logging import disable_progress_bar
+
     from agd_vllm.evaluation.head_ranking import HeadRanking, read_questions
     from agd_vllm.model import inspect_model
 
@@ -54,6 +56,7 @@ def heads(
         raise ValueError(f"--output {output}: no such folder; make it first")
     from agd_vllm.attribution.reference import ReferenceScorer
 
+    disable_progress_bar()
     scorer = ReferenceScorer(model, dtype=dtype, trust_remote_code=trust_remote_code)
     ranking = HeadRanking(scorer, tokenizer, info.max_model_len)
     with click.progressbar(questions, label="questions", file=click.get_text_stream("stderr")) as shown:

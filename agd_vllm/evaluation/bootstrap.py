@@ -9,6 +9,7 @@ import numpy as np
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+SEED = 0
 _CHUNK = 500  # resamples at a time, so that memory stays small for many rows
 
 
@@ -21,19 +22,17 @@ class Interval:
     high: float
 
 
-def paired_difference(
-    ours: Sequence[int], theirs: Sequence[int], totals: Sequence[int], *, seed: int = 0
-) -> Interval | None:
+def paired_difference(ours: Sequence[int], theirs: Sequence[int], totals: Sequence[int]) -> Interval | None:
     """Difference of two accuracies over the same rows, `ours` minus `theirs`, with a 95 % percentile interval.
 
     For row i `ours[i]` and `theirs[i]` of `totals[i]` rules are kept, and an accuracy is the sum of kept rules over
     the sum of rules: with all totals 1 the prompt-level one, else the instruction-level one. Whole rows are drawn
-    with replacement, the same ones for both, so that rules of a row stay together. None where there is no row.
+    with replacement, the same ones for both, so that rules of a row stay together; always by the same seed. None where there is no row.
     """
     counts, total = np.array([ours, theirs], float), np.array(totals, float)
     if not total.size:
         return None
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     change, rows = counts[0] - counts[1], total.size
     resampled = []
     for _ in range(0, RESAMPLES, _CHUNK):

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
 from agd_vllm.evaluation.outcomes import Outcome, read_outcomes, read_summary
 from agd_vllm.evaluation.scoring import Scores, check_metadata, score
 from agd_vllm.evaluation.strategies import Strategy
@@ -125,6 +127,7 @@ def _perplexities(
     """Perplexity of every strategy's texts under the model that they share, and the dtype that it ran in."""
     from agd_vllm.evaluation.quality import PerplexityModel
 
+    disable_progress_bar()
     options = strategy.options
     model = PerplexityModel(
         options.model,
