@@ -27,7 +27,8 @@ def paired_difference(ours: Sequence[int], theirs: Sequence[int], totals: Sequen
 
     For row i `ours[i]` and `theirs[i]` of `totals[i]` rules are kept, and an accuracy is the sum of kept rules over
     the sum of rules: with all totals 1 the prompt-level one, else the instruction-level one. Whole rows are drawn
-    with replacement, the same ones for both, so that rules of a row stay together; always by the same seed. None where there is no row.
+    with replacement, the same ones for both, so that rules of a row stay together, and the draws are the same
+    every time. None where there is no row.
     """
     counts, total = np.array([ours, theirs], float), np.array(totals, float)
     if not total.size:
