@@ -104,8 +104,9 @@ def _write_rows(directory: str, rows: Sequence[Row], without_region: bool) -> No
         raise OutputUnusable(f"output {directory} is not empty and holds no evaluation; give another directory")
     if names:
         with output.open(ROWS) as file, output.faults(ROWS):
-            if file.read() != lines:
-                raise OutputUnusable(f"output {directory} holds an evaluation of other rows; give another directory")
+            held = file.read()
+        if held != lines:
+            raise OutputUnusable(f"output {directory} holds an evaluation of other rows; give another directory")
     output.write(ROWS, lines)
     if without_region:
         output.write(ROWS_WITHOUT_REGION, _lines([_without_region(row) for row in rows]))

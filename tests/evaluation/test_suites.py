@@ -69,7 +69,12 @@ def test_nq_has_its_passage_as_region(tmp_path):
 
 
 def test_distractors_are_other_passages_and_the_same_for_a_seed(tmp_path):
-    records = [*QUESTIONS, {**QUESTIONS[0], "question": "what is known of thing 0"}]
+    # One asks of the same passage again, one has a passage that would answer another question.
+    records = [
+        *QUESTIONS,
+        {**QUESTIONS[0], "question": "what is known of thing 0"},
+        {"question": "what is rare", "answers": ["rare"], "ctxs": [{"text": "Things in colour3 are rare."}]},
+    ]
     path = write(tmp_path / "a.jsonl", records)
     rows = read_suite("nq", path, distractors=4, seed=1)
     first = []
@@ -82,6 +87,8 @@ def test_distractors_are_other_passages_and_the_same_for_a_seed(tmp_path):
         assert record["question"] not in marked(row)
         first.append(documents.index(record["ctxs"][0]["text"]))
     assert len(set(first)) > 1
+    with pytest.raises(SuiteUnusable, match=r"8 distractors are more than the file has for .* thing 3"):
+        read_suite("nq", path, distractors=8)
     assert read_suite("nq", path, distractors=4, seed=1) == rows != read_suite("nq", path, distractors=4, seed=2)
 
 
