@@ -100,6 +100,25 @@ class ReferenceScorer:
             results.append(Relevance(logit.item(), relevance[: position + 1].tolist()))
         return results
 
+    def head_relevance(self, token_ids: Sequence[int], targets: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Positive relevance of every attention head for all targets together, float32 [layers, heads] on the CPU.
+
+        Targets are (position, token id) as in `relevance`; what is explained is the sum of their logits, in one
+        backward pass. R_h = sum over positions i and dimensions k of max(R(z_i^h)_k, 0), with z^h the head's output
+        before the output projection (arXiv 2505.15807).
+        """
+        ids = torch.tensor([token_ids], device=self.hf.device)
+        with self._head_outputs(set(range(self.hf.num_layers))) as outputs:
+            _, hidden = self._forward(ids, torch.ones_like(ids))
+        positions, tokens = zip(*targets, strict=True)
+        logits = (hidden[0, list(positions)].float() * self.hf.unembedding[list(tokens)].float()).sum()
+        layers = [outputs[layer] for layer in range(self.hf.num_layers)]
+        relevance = [
+            (gradient.float() * output.float())[0].clamp(min=0).unflatten(-1, (self.hf.num_heads, -1)).sum((0, 2))
+            for output, gradient in zip(layers, torch.autograd.grad(logits, layers), strict=True)
+        ]
+        return torch.stack(relevance).detach().cpu()
+
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings (the leaf of the graph) and last hidden states after the final norm, both [B, T, d]."""
         embeddings = self.hf.stack.embed_tokens(ids).detach().requires_grad_()

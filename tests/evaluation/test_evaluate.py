@@ -1,0 +1,121 @@
+"""`agd-vllm evaluate` end to end, on real engines, and what stops it before one is started."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import CHECKOUT
+from test_cli import fails
+from transformers import AutoModelForCausalLM
+
+SYSTEM = "Use no commas. Answer in at least three words."
+RULES = {
+    "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+    "kwargs": [{}, {"relation": "at least", "num_words": 3}],
+}
+
+
+def row(number, question, metadata):
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+    return {"id": f"row-{number}", "messages": messages, "roi": [{"message": 0}], "metadata": metadata}
+
+
+ROWS = [
+    row(0, "Which colours does the sky have?", RULES),
+    row(1, "Name three cities of France.", RULES),
+    row(2, "What is the capital of France?", {"answers": ["Paris"]}),
+    row(3, "Who wrote Hamlet?", {"answers": ["Shakespeare", "William Shakespeare"]}),
+    row(4, "Beyond the limit.", RULES),
+]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(path)
+
+
+def perplexity(model, results):
+    """Row by row, without a batch."""
+    losses = []
+    for row in results:
+        prompt, tokens = row["prompt_token_ids"], row["token_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        losses += torch.nn.functional.cross_entropy(logits, torch.tensor(tokens), reduction="none").tolist()
+    return math.exp(sum(losses) / len(losses))
+
+
+def test_two_strategies_on_the_same_rows(tmp_path, smollm2, data):
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "agd_vllm", "evaluate", "--suite", "jsonl", "--data", data]
+    command += ["--model", str(smollm2), "--strategies", "greedy,agd:tau=0.3", "--limit", "4", "--max-tokens", "24"]
+    command += ["--max-model-len", "512", "--dtype", "float32", "--engine-arg", "enforce_eager=true"]
+    command += ["--output", str(output)]
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    for invocation in range(2):
+        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("nothing left to decode") == 2 * invocation
+        greedy, agd = json.loads((output / "table.json").read_text())
+        for record, folder in ((greedy, "greedy"), (agd, "agd-tau-0-3")):
+            results = pq.read_table(output / folder / "results").to_pylist()
+            assert {row["id"] for row in results} == {f"row-{number}" for number in range(4)}
+            texts = {row["id"]: row["text"] for row in results}
+            kept = ["," not in texts[id] for id in ("row-0", "row-1")]
+            long = [len(texts[id].split()) >= 3 for id in ("row-0", "row-1")]
+            right = [name in texts[id] for id, name in (("row-2", "Paris"), ("row-3", "Shakespeare"))]
+            rows = [a and b for a, b in zip(kept, long, strict=True)] + right
+            assert record["rows"] == 4
+            assert record["prompt_accuracy"] == sum(rows) / 4
+            assert record["instruction_accuracy"] == pytest.approx(sum(kept + long + right) / 6)
+            assert record["perplexity"] == pytest.approx(perplexity(model, results), rel=1e-3)
+            summary = json.loads((output / folder / "summary.json").read_text())
+            assert record["guided_share"] == pytest.approx(summary["guided_steps"] / summary["output_tokens"])
+            assert record["tokens_per_second"] == pytest.approx(summary["tokens_per_second"])
+        assert greedy["guided_share"] == 0 < agd["guided_share"]
+        assert greedy["difference"] is None
+        assert agd["difference"] == pytest.approx(agd["prompt_accuracy"] - greedy["prompt_accuracy"])
+        assert agd["ci_low"] <= agd["difference"] <= agd["ci_high"]
+        assert (output / "table.md").read_text().strip() in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"--strategies": "greedy,agd:top-k=1"}, "top_k"),
+        ({"--strategies": "greedy,agd:roi-heads=missing.json"}, "missing.json"),
+        ({"--strategies": "greedy,agd:roi=role=nobody"}, "role=nobody"),
+        ({"--suite": "iheval"}, "record 1 is no record of iheval"),
+        ({"--suite": "squad"}, "squad"),
+        ({"--suite": "nq", "--distractors": "-1"}, "distractors"),
+        ({"--data": "missing.jsonl"}, "missing.jsonl"),
+        ({"--model": "./missing"}, "./missing"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_before_an_engine_is_started(capsys, tmp_path, smollm2, data, change, word):
+    output = tmp_path / "out"
+    options = {"--suite": "jsonl", "--data": data, "--model": str(smollm2), "--strategies": "greedy,agd"} | change
+    arguments = [part for pair in options.items() for part in pair]
+    assert word in fails(capsys, 2, "evaluate", *arguments, "--output", str(output))
+    assert not output.exists()
+
+
+def test_a_rule_of_no_checker_and_a_folder_of_something_else(capsys, tmp_path, smollm2, data):
+    output = tmp_path / "out"
+    arguments = ("evaluate", "--suite", "jsonl", "--model", str(smollm2), "--strategies", "greedy")
+    unknown = tmp_path / "unknown.jsonl"
+    unknown.write_text(json.dumps(row(0, "Hi", {"instruction_id_list": ["commas:none"], "kwargs": [{}]})))
+    line = fails(capsys, 2, *arguments, "--data", str(unknown), "--output", str(output))
+    assert "row row-0: rule 'commas:none'" in line
+    output.mkdir()
+    (output / "thesis.tex").write_text("precious")
+    assert "holds no evaluation" in fails(capsys, 2, *arguments, "--data", data, "--output", str(output))
+    (output / "thesis.tex").rename(output / "rows.jsonl")
+    assert "of other rows" in fails(capsys, 2, *arguments, "--data", data, "--output", str(output))
+    assert (output / "rows.jsonl").read_text() == "precious"

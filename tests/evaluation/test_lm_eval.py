@@ -1,0 +1,110 @@
+"""AGD as lm-eval's model: a task of its own kind end to end, and what is refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import CHECKOUT
+from lm_eval.api.instance import Instance
+
+from agd_vllm.lm_eval import AGDModel, RequestRefused
+
+TASK = """
+task: capitals
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: {output_type}
+description: "Answer with the name of a city."
+doc_to_text: "What is the capital of {{{{country}}}}?"
+doc_to_target: "{{{{city}}}}"
+generation_kwargs: {{until: ["{until}"], max_gen_toks: 12{more}}}
+metric_list:
+  - metric: exact_match
+    ignore_case: true
+    ignore_punctuation: true
+"""
+ROWS = [{"country": "France", "city": "Paris"}, {"country": "Italy", "city": "Rome"}]
+
+
+def lm_eval(tmp_path, smollm2, output_type="generate_until", until="rance", more="", chat=("--apply_chat_template",)):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    task = TASK.format(data=tmp_path / "rows.jsonl", output_type=output_type, until=until, more=more)
+    (tmp_path / "capitals.yaml").write_text(task)
+    settings = {"pretrained": str(smollm2), "tau": 0, "max_model_len": 512, "dtype": "float32"}
+    command = [sys.executable, "-m", "agd_vllm.lm_eval", "run", "--model", "agd-vllm", "--tasks", "capitals", *chat]
+    command += ["--model_args", json.dumps(settings | {"engine_args": {"enforce_eager": True}})]
+    command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--log_samples"]
+    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=500)
+
+
+def test_a_generation_task_end_to_end(tmp_path, smollm2):
+    done = lm_eval(tmp_path, smollm2)
+    assert done.returncode == 0, done.stderr
+    assert "|capitals|" in done.stdout
+    (path,) = (tmp_path / "out").rglob("samples_capitals_*.jsonl")
+    samples = sorted(map(json.loads, path.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    answers = [sample["resps"][0][0] for sample in samples]
+    # In the order of the rows; cut before the stop string, which the first answer would have gone through.
+    assert answers[0].rstrip().endswith("F")
+    assert "Rome" in answers[1]
+    assert "capital of Italy" in samples[1]["arguments"]["gen_args_0"]["arg_0"]
+
+
+def test_likelihoods_and_sampling_are_refused_in_one_line(tmp_path, smollm2):
+    done = lm_eval(tmp_path, smollm2, output_type="loglikelihood")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("agd-vllm: agd-vllm generates text and gives no likelihoods")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def model(smollm2):
+    return AGDModel(str(smollm2), batch_size=1, device="cpu", tau="0.5")
+
+
+def row(model, context, **settings):
+    return model._row(0, context, settings)
+
+
+def test_requests_become_rows(model):
+    assert model._options.tau == 0.5
+    system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}
+    chat = row(model, model.apply_chat_template([system, user]), until="\n\n", max_gen_toks=7, temperature=0)
+    assert chat == {
+        "id": "0",
+        "max_tokens": 7,
+        "stop": ["\n\n"],
+        "messages": [system, user],
+        "roi": [{"role": "system"}],
+    }
+    assert row(model, model.apply_chat_template([user, user]), until=["", "x"])["roi"] == [{"message": 1}]
+    prompt = row(model, "Q: Hi", until=[], do_sample=False, temperature=0.0)
+    assert (prompt["prompt"], prompt["roi"], prompt["max_tokens"]) == ("Q: Hi", [{"chars": [0, 5]}], 256)
+
+
+def test_a_region_that_is_named_is_the_region(smollm2):
+    model = AGDModel(str(smollm2), roi="role=user")
+    assert "roi" not in row(model, model.apply_chat_template([{"role": "user", "content": "Hi"}]), until=[])
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"do_sample": True}, "do_sample=False"),
+        ({"temperature": 0.7}, "temperature=0"),
+        ({"num_beams": 4}, "num_beams"),
+    ],
+)
+def test_refused_generation_settings(model, settings, word):
+    request = Instance("generate_until", {}, ("Hi", {"until": [], **settings}), 0)
+    with pytest.raises(RequestRefused, match=word) as error:
+        model.generate_until([request])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("option", "word"), [({"tauu": 1}, "unknown key 'tauu'"), ({"tau": "low"}, "tau 'low'")])
+def test_unusable_model_args(smollm2, option, word):
+    with pytest.raises(RequestRefused, match=word):
+        AGDModel(str(smollm2), **option)

@@ -1,0 +1,45 @@
+"""NAME[:KEY=VALUE...]: decoder options, a folder, or one line on what is wrong."""
+
+import pytest
+
+from agd_vllm.evaluation.strategies import parse_strategies
+from agd_vllm.pipeline.decoder import DecoderOptions
+
+BASE = DecoderOptions(model="m", tau=1.0, max_tokens=9)
+
+
+def test_keys_are_options_of_the_decoder():
+    greedy, plain, own, heads = parse_strategies(
+        "greedy,agd,agd:tau=0:rule=ixg:top-k=3:attribution-dtype=float32,agd:roi-heads=some/heads.json", BASE
+    )
+    assert (greedy.options.strategy, greedy.folder) == ("greedy", "greedy")
+    assert plain.options == BASE
+    assert own.name == "agd:tau=0:rule=ixg:top-k=3:attribution-dtype=float32"
+    assert own.folder == "agd-tau-0-rule-ixg-top-k-3-attribution-dtype-float32"
+    assert (own.options.tau, own.options.rule, own.options.top_k) == (0.0, "ixg", 3)
+    assert (own.options.attribution_dtype, own.options.max_tokens) == ("float32", 9)
+    assert heads.options.roi_heads == "some/heads.json"
+    assert [strategy.names_region for strategy in (greedy, plain, own, heads)] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("sampling", "sampling"),
+        ("greedy,", "strategy ''"),
+        ("agd:tau", "'tau' is not KEY=VALUE"),
+        ("agd:tau=low", "tau 'low'"),
+        ("agd:tau=-1", "must be 0 or more"),
+        ("agd:top-k=2.5", "top-k '2.5'"),
+        ("agd:temperature=1", "unknown key 'temperature'; known: "),
+        ("agd:model=other", "unknown key 'model'"),
+        ("agd:rule=lrp", "rule 'lrp'"),
+        ("agd:tau=0,agd:tau:0", "'tau' is not KEY=VALUE"),
+        ("agd,agd", "share the folder"),
+    ],
+)
+def test_unusable_strategies(text, word):
+    with pytest.raises(ValueError) as error:
+        parse_strategies(text, BASE)
+    assert word in str(error.value)
+    assert "\n" not in str(error.value)
