@@ -7,9 +7,11 @@ import traceback
 
 import click
 
+from agd_vllm.commands.attribute import attribute
 from agd_vllm.commands.decode import decode
 from agd_vllm.commands.model import model
 from agd_vllm.commands.process import OTHER, UNUSABLE
+from agd_vllm.commands.report import report
 from agd_vllm.version import __version__
 
 
@@ -19,7 +21,7 @@ def cli() -> None:
     """Attribution-guided decoding (AGD) of whole datasets on vLLM and Ray."""
 
 
-for command in (decode, model):
+for command in (decode, attribute, report, model):
     cli.add_command(command)
 
 

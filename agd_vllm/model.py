@@ -32,10 +32,15 @@ class ModelInfo:
 
 
 def inspect_model(
-    path: str, *, guided: bool, revision: str | None = None, trust_remote_code: bool = False
+    path: str,
+    *,
+    guided: bool,
+    attributed: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[ModelInfo, PreTrainedTokenizerFast]:
     """Reads configuration and tokenizer, no weights. Raises ValueError with one line for a model that is missing,
-    unsupported by attribution, or without a token to pause with (the latter two only if `guided`)."""
+    unsupported by attribution (if `guided` or `attributed`), or without a token to pause with (if `guided`)."""
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     if _looks_like_path(path) and not os.path.isdir(path):
         raise ValueError(f"--model {path}: no such folder; give a local model folder or a Hugging Face id")
@@ -43,7 +48,7 @@ def inspect_model(
         config = AutoConfig.from_pretrained(path, **source)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {path}: cannot read its configuration: {one_line(error)}") from error
-    if guided:
+    if guided or attributed:
         check_supported(config)
     tokenizer = load_tokenizer(path, **source)
     try:
