@@ -41,5 +41,5 @@ def report(
     settings = ReportSettings(run_directory, compare, output, max_rows, model, trust_remote_code)
     path, shown, left_out = write_report(settings)
     rest = f"; {left_out:,} more are left out (--max-rows)" if left_out else ""
-    click.echo(f"{shown:,} rows{rest}")
+    click.echo(f"{shown:,} row{'' if shown == 1 else 's'}{rest}")
     click.echo(f"report: {path}")

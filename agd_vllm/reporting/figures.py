@@ -88,11 +88,19 @@ def _histogram(run: RunReader) -> list[Bar]:
 
 
 def _parameters(ran: dict[str, Any]) -> list[tuple[str, str]]:
-    shown = [(name, _plain(value)) for name, value in ran.items() if name not in _MEASURED and value not in ({}, [])]
-    versions = ", ".join(f"{name} {version}" for name, version in ran.get("versions", {}).items())
-    faults = ", ".join(f"{name} {count}" for name, count in ran.get("faults", {}).items())
-    return [*shown, *(pair for pair in (("faults", faults), ("versions", versions)) if pair[1])]
+    ran = {"faults": {}, "versions": {}} | ran
+    shown = [(name, _plain(value)) for name, value in ran.items() if name not in _MEASURED]
+    if "tau" in ran and ran["tau"] is None:
+        shown.append(("tau", "infinite"))
+    for name in ("faults", "versions"):
+        shown.append((name, ", ".join(f"{key} {value}" for key, value in ran[name].items())))
+    return [(name, value) for name, value in shown if value]
 
 
 def _plain(value: Any) -> str:
+    """A parameter as text; an empty one where it is not set."""
+    if value in (None, {}, []):
+        return ""
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return ", ".join(value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

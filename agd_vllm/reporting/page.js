@@ -158,7 +158,7 @@ function rowElement(index) {
   const head = element("header", {}, element("h3", {}, row.id));
   if (row.sides.length > 1 && row.sides[1]) {
     const first = row.differs.first;
-    head.append(element("p", { className: "verdict" }, first === null ? "same tokens" : `first difference at token ${first}`));
+    head.append(element("p", { className: first === null ? "facts" : "verdict" }, first === null ? "same tokens" : `first difference at token ${first}`));
   }
   const sides = element("div", { className: "sides" }, ...row.sides.map((_, which) => sideElement(index, which)));
   return element("article", { className: "row" }, head, sides);
@@ -223,6 +223,8 @@ function open(index, which, token) {
   else inspector.append(element("p", { className: "remark" }, "Not guided: the gate stayed shut here, or had one candidate only."));
   inspector.append(...mapElements(index, which, step, found));
   inspector.hidden = false;
+  inspector.scrollTop = 0;
+  for (const map of inspector.querySelectorAll(".map")) map.scrollTop = (map.querySelector(".region")?.offsetTop ?? 0) - 12;
   document.body.classList.add("inspecting");
 }
 
@@ -276,10 +278,16 @@ function mapElements(index, which, step, found) {
   const named = Object.entries(maps).map(([id, values]) => ({ id: Number(id), values: decoded(values) }));
   const wanted = found ? [found.chosen, found.greedy] : named.map((map) => map.id);
   const shown = [...new Set(wanted)].flatMap((id) => named.filter((map) => map.id === id));
-  // Template tokens gather relevance that says little; with them for a scale the words would be pale.
-  const own = shown.flatMap(({ values }) => values.filter((_, at) => !special.has(context[at])).map(Math.abs));
-  const end = Math.max(...own, Number.MIN_VALUE);
-  return shown.map(({ id, values }) => mapElement(side, context, values, end, titleOf(id, step, side, found)));
+  const end = scaleEnd(side.prompt, shown.map((map) => map.values));
+  const elements = shown.map(({ id, values }) => mapElement(side, context, values, end, titleOf(id, step, side, found)));
+  return [...elements, element("p", { className: "facts scale" }, `${signed(-end)} or less `, element("span", { className: "ramp" }), ` ${signed(end)} or more`)];
+}
+
+/** One scale for both maps. The template's tokens and the last few gather most relevance: by these, words would be pale. */
+function scaleEnd(prompt, maps) {
+  const isWord = (_, at) => at < prompt.length && !special.has(prompt[at]) && report.texts[prompt[at]].trim();
+  const sizes = maps.flatMap((values) => values.filter(isWord).map(Math.abs)).sort((a, b) => a - b);
+  return sizes[Math.floor(0.97 * (sizes.length - 1))] || 1;
 }
 
 function titleOf(id, step, side, found) {
@@ -291,7 +299,7 @@ function titleOf(id, step, side, found) {
 
 function mapElement(side, context, values, end, title) {
   const inRegion = covered(side.regions);
-  const body = element("div", { className: "text map", dir: "auto" });
+  const body = element("div", { className: "text map", dir: "auto", tabIndex: 0, role: "group", "aria-label": "Prompt and answer so far, token by token" });
   context.forEach((text, at) => {
     if (at === side.prompt.length) body.append(element("span", { className: "unseen" }, " Answer so far: "));
     const token = fill(element("span", { className: at < side.prompt.length ? "" : "said" }), text, false);

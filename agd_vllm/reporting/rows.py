@@ -72,5 +72,5 @@ def differences(mine: list[int], other: list[int]) -> dict[str, Any]:
 
 def natural_order(id: str) -> list[Any]:
     """A key that sorts row-2 before row-10."""
-    parts = re.split("([0-9]+)", id)
-    return [(len(part.lstrip("0")), part) if index % 2 else part for index, part in enumerate(parts)]
+    parts = re.split("0*([0-9]+)", id)
+    return [(len(part), part) if index % 2 else part for index, part in enumerate(parts)]
