@@ -7,12 +7,14 @@ import traceback
 
 import click
 
+from agd_vllm.commands.attribute import attribute
 from agd_vllm.commands.calibrate import calibrate
 from agd_vllm.commands.decode import decode
 from agd_vllm.commands.evaluate import evaluate
 from agd_vllm.commands.heads import heads
 from agd_vllm.commands.model import model
 from agd_vllm.commands.process import OTHER, UNUSABLE
+from agd_vllm.commands.report import report
 from agd_vllm.version import __version__
 
 
@@ -22,7 +24,7 @@ def cli() -> None:
     """Attribution-guided decoding (AGD) of whole datasets on vLLM and Ray."""
 
 
-for command in (decode, evaluate, calibrate, heads, model):
+for command in (decode, evaluate, report, attribute, calibrate, heads, model):
     cli.add_command(command)
 
 

@@ -34,14 +34,13 @@ class ModelInfo:
 def inspect_model(
     path: str,
     *,
-    guided: bool,
-    attribution: bool = True,
+    pauses: bool = False,
+    attribution: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[ModelInfo, PreTrainedTokenizerFast]:
-    """Reads configuration and tokenizer, no weights. Raises ValueError with one line for a model that is missing; if
-    `guided` for one without a token to pause with, too, and then if `attribution` for one that this does not support.
-    """
+    """Reads configuration and tokenizer, no weights. Raises ValueError with one line for a model that is missing, that
+    has no token to pause with (if it `pauses`), or that is not supported by `attribution` (if there is some)."""
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     if _looks_like_path(path) and not os.path.isdir(path):
         raise ValueError(f"--model {path}: no such folder; give a local model folder or a Hugging Face id")
@@ -49,7 +48,7 @@ def inspect_model(
         config = AutoConfig.from_pretrained(path, **source)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {path}: cannot read its configuration: {one_line(error)}") from error
-    if guided and attribution:
+    if attribution:
         check_supported(config)
     tokenizer = load_tokenizer(path, **source)
     try:
@@ -59,7 +58,7 @@ def inspect_model(
         generation = GenerationConfig.from_model_config(config)
     eos_ids = frozenset({tokenizer.eos_token_id, *_as_list(generation.eos_token_id)} - {None})
     text_config = config.get_text_config()
-    pause_id = find_pause_token(tokenizer, text_config, eos_ids) if guided else None
+    pause_id = find_pause_token(tokenizer, text_config, eos_ids) if pauses else None
     info = ModelInfo(
         path,
         revision,

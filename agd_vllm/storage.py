@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -137,6 +138,25 @@ class OutputDirectory:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+    def lock(self, name: str) -> BinaryIO | None:
+        """Two runs at once would use the same part numbers. The lock, held by a file of this name, ends with this
+        process, however it dies, or when what is returned is closed; None where the storage has no locks."""
+        if not self.local:
+            return None
+        path = self.path(name)
+        with self.faults(""):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            lock = open(path, "ab")  # noqa: SIM115 (held until it is closed)
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                lock.close()
+                message = f"output {self.name}: another run is writing there; wait for it or stop it"
+                raise OutputFailed(message) from None
+            except OSError:
+                pass  # some network file systems have no locks
+            return lock
 
     @contextmanager
     def faults(self, name: str) -> Iterator[None]:

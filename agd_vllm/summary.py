@@ -22,12 +22,13 @@ class OutputUnusable(Exception):
     """An output directory that this run must not write into, or cannot. One line: which, why, how to mend it."""
 
 
-def open_run(directory: str, identity: dict[str, Any], resume: bool) -> None:
+def open_run(directory: str, identity: dict[str, Any], resume: bool, otherwise: str = "give another directory") -> None:
     """Claims a directory for the run that `identity` describes: a new or empty one, or with `resume` the same run's.
 
     `identity` is JSON whose values decide what is decoded and how (model, strategy, parameters, inputs). It is kept in
     `run.json`, and a later run is the same one if all its keys have the same values. Nothing in the directory is
-    changed but for `run.json`, which appears before anything else of the run.
+    changed but for `run.json`, which appears before anything else of the run. `otherwise` is what else a user can do
+    where it is another run's.
     Raises:
         OutputUnusable: for a directory of another run (naming what differs) or of no run, one that is not empty without
             `resume`, a file, and one that cannot be written.
@@ -53,8 +54,7 @@ def open_run(directory: str, identity: dict[str, Any], resume: bool) -> None:
     differences = _differences(held, identity)
     if differences:
         raise OutputUnusable(
-            f"output {directory} holds a different run: {'; '.join(differences)}; repeat its options, or give another "
-            "directory"
+            f"output {directory} holds a different run: {'; '.join(differences)}; repeat its options, or {otherwise}"
         )
 
 

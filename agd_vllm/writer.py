@@ -7,15 +7,13 @@ results are those of a run that died between the two, whose rows are decoded aga
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
-import os
 import time
 from collections import Counter
 from dataclasses import asdict
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -76,7 +74,7 @@ class RunWriter:
         self._since: float | None = None
         self._completed = IdSet()
         self._unowned: Counter[bytes] = Counter()
-        self._lock = self._take_lock()
+        self._lock = self._output.lock(LOCK)
         try:
             for folder in ("results", "steps"):
                 self._output.make_folder(folder)
@@ -160,23 +158,6 @@ class RunWriter:
         if self._since is None:
             self._since = time.monotonic()
         self.flush_if_due()
-
-    def _take_lock(self) -> BinaryIO | None:
-        """Two runs at once would use the same part numbers. The lock ends with this process, however it dies."""
-        if not self._output.local:
-            return None
-        with self._output.faults(""):
-            os.makedirs(self._output.path(""), exist_ok=True)
-            lock = open(self._output.path(LOCK), "ab")  # noqa: SIM115 (held until close)
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                lock.close()
-                message = f"output {self._output.name}: another run is writing there; wait for it or stop it"
-                raise OutputFailed(message) from None
-            except OSError:
-                pass  # some network file systems have no locks
-            return lock
 
     def _release_lock(self) -> None:
         if self._lock:

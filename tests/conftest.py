@@ -96,7 +96,7 @@ class EngineThread:
         from agd_vllm.model import inspect_model
         from agd_vllm.trace import Tracer
 
-        self.info, self.tokenizer = inspect_model(str(model), guided=True)
+        self.info, self.tokenizer = inspect_model(str(model), pauses=True)
         args = {key: value for key, value in (ENGINE_ARGS | engine_args).items() if value is not None}
         settings = EngineSettings(
             dtype="float32", max_model_len=args.pop("max_model_len"), engine_args=args, processors=processors

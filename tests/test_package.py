@@ -33,8 +33,11 @@ def test_kernels_are_part_of_the_package_and_no_module_of_their_own(tmp_path, wh
     assert done.returncode == 0, done.stderr
 
 
+SUFFIXES = (".py", ".c", ".h", ".html", ".css", ".js")
+
+
 def test_a_wheel_holds_every_module(tmp_path):
-    """The installation in the checkout is an editable one, which would hide a package that is left out."""
+    """The installation in the checkout is an editable one, which would hide a file that is left out."""
     source = tmp_path / "source"
     shutil.copytree(CHECKOUT / "agd_vllm", source / "agd_vllm", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -43,6 +46,6 @@ def test_a_wheel_holds_every_module(tmp_path):
     subprocess.run([*command, "--wheel-dir", str(tmp_path)], cwd=source, check=True, timeout=120)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
-        packed = {name for name in file.namelist() if name.endswith((".py", ".c", ".h"))}
-    files = [path for suffix in ("py", "c", "h") for path in (source / "agd_vllm").rglob(f"*.{suffix}")]
+        packed = {name for name in file.namelist() if name.endswith(SUFFIXES)}
+    files = [path for suffix in SUFFIXES for path in (source / "agd_vllm").rglob(f"*{suffix}")]
     assert packed == {str(path.relative_to(source)) for path in files}

@@ -18,7 +18,7 @@ def replica(smollm2):
     class Vllm:
         errored = False
 
-    info, _ = inspect_model(str(smollm2), guided=True)
+    info, _ = inspect_model(str(smollm2), pauses=True)
     replica = Replica(info, EngineSettings(), GateSettings(), traced=False, debug=False)
     replica._engine._llm = Vllm()
     replica._tokenizer = None

@@ -5,10 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from agd_vllm.records import ScoreRequest
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,13 @@ class ScoredBatch:
     scores: list[list[float] | None]
     begun: float
     seconds: float
+
+
+class WorkerRelevance(NamedTuple):
+    """As `Relevance` of the reference scorer, `tokens` as a float32 array, which travels well."""
+
+    logit: float
+    tokens: np.ndarray
 
 
 class AttributionWorker:
@@ -76,16 +88,30 @@ class AttributionWorker:
         begun = time.time()
         for sequence in released:
             self._scorer.release(sequence)
-        # Imported by now; at the top of this file it would be imported before the cores are said.
-        import torch
-
-        try:
+        with _ended_by_gpu_errors():
             scores = self._scorer.score(requests)
-        except torch.AcceleratorError:
-            # A GPU's error stays with the process: every later call would fail. Ray starts another one.
-            logging.getLogger("agd_vllm").exception("the GPU failed; the attribution worker ends")
-            os._exit(1)
         return ScoredBatch(scores, begun, time.time() - begun)
+
+    def relevance(self, token_ids: Sequence[int], targets: Sequence[tuple[int, int]]) -> list[WorkerRelevance]:
+        """As `ReferenceScorer.relevance`; only where the worker's scorer is `lxt`."""
+        with _ended_by_gpu_errors():
+            relevances = self._scorer.relevance(token_ids, targets)
+        import numpy as np  # as torch, which brings it along
+
+        return [WorkerRelevance(found.logit, np.array(found.tokens, np.float32)) for found in relevances]
+
+
+@contextmanager
+def _ended_by_gpu_errors() -> Iterator[None]:
+    # Imported by now; at the top of this file it would be imported before the cores are said.
+    import torch
+
+    try:
+        yield
+    except torch.AcceleratorError:
+        # A GPU's error stays with the process: every later call would fail. Ray starts another one.
+        logging.getLogger("agd_vllm").exception("the GPU failed; the attribution worker ends")
+        os._exit(1)
 
 
 def _check_gpu(model: str, revision: str | None, trust_remote_code: bool, settings: AttributionSettings) -> None:

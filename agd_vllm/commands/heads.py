@@ -46,7 +46,7 @@ def heads(
     from agd_vllm.model import inspect_model
 
     questions = read_questions(source, limit)
-    info, tokenizer = inspect_model(model, guided=True, trust_remote_code=trust_remote_code)
+    info, tokenizer = inspect_model(model, attribution=True, trust_remote_code=trust_remote_code)
     if top > info.num_layers * info.num_heads:
         raise ValueError(
             f"--top {top}: the model has {info.num_layers * info.num_heads} heads ({info.num_layers} layers of "

@@ -135,7 +135,7 @@ class Decoder:
         check_engine_args(options.engine_args)
         self.model, self.tokenizer = inspect_model(
             options.model,
-            guided=self._strategy.pauses,
+            pauses=self._strategy.pauses,
             attribution=self._strategy.attribution,
             revision=options.engine_args.get("revision"),
             trust_remote_code=options.trust_remote_code,

@@ -10,14 +10,16 @@ from typing import Any
 
 from rich.console import Console
 
+from agd_vllm.answers import given_answer, gives_answer
 from agd_vllm.dry_run import dry_run
 from agd_vllm.fingerprint import fingerprint
 from agd_vllm.pipeline.decoder import Decoder, DecoderOptions
 from agd_vllm.pipeline.progress import ProgressLine, print_summary
 from agd_vllm.pipeline.tally import Tally
 from agd_vllm.pipeline.versions import versions
+from agd_vllm.prepare import Preparer
 from agd_vllm.reader import check_inputs, read_rows
-from agd_vllm.records import InputRow, RowError
+from agd_vllm.records import InputRow, RowError, RowRefused
 from agd_vllm.storage import OutputFailed
 from agd_vllm.summary import count_outputs, open_run, write_summary
 from agd_vllm.writer import RunWriter
@@ -28,7 +30,10 @@ NOT_IDENTITY = ("engines", "attribution_workers", "entropies", "log_json", "trac
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """Where rows come from and results go; parts become durable after `part_rows` rows or `part_seconds` seconds."""
+    """Where rows come from and results go; parts become durable after `part_rows` rows or `part_seconds` seconds.
+
+    With `given_answers` a last message of role assistant is taken as the row's answer, which is not decoded then.
+    """
 
     inputs: tuple[str, ...]
     output: str
@@ -36,6 +41,7 @@ class RunSettings:
     resume: bool = True
     part_rows: int = 500
     part_seconds: float = 60.0
+    given_answers: bool = False
 
 
 def run_dataset(settings: RunSettings, options: DecoderOptions) -> int:
@@ -53,6 +59,8 @@ def run_dataset(settings: RunSettings, options: DecoderOptions) -> int:
         tally = Tally(settings.output, decoder, progress)
         try:
             rows = _remaining(settings, writer)
+            if settings.given_answers:
+                rows = _without_answer(rows, decoder.preparer(), writer)
             first = next(rows, None)
             if first is None:
                 notes.print("nothing left to decode", highlight=False)
@@ -88,6 +96,18 @@ def _remaining(settings: RunSettings, writer: RunWriter) -> Iterator[InputRow]:
             yield row
 
 
+def _without_answer(rows: Iterator[InputRow], preparer: Preparer, writer: RunWriter) -> Iterator[InputRow]:
+    """Rows that are left to decode; those that give their answer go to the writer as they are."""
+    for row in rows:
+        if not gives_answer(row):
+            yield row
+            continue
+        try:
+            writer.add(given_answer(row, preparer))
+        except RowRefused as refused:
+            writer.fail(RowError(row.raw, row.line, row.id, refused.type, str(refused)))
+
+
 def _decode(
     decoder: Decoder,
     rows: Iterable[InputRow],
@@ -121,6 +141,7 @@ def run_identity(settings: RunSettings, decoder: Decoder) -> dict[str, Any]:
         "inputs": [fingerprint(source) for source in settings.inputs],
         **parameters,
         "roi_heads": [list(head) for head in decoder.roi_heads],
+        **({"given_answers": True} if settings.given_answers else {}),
     }
 
 
