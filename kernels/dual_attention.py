@@ -230,8 +230,9 @@ def _processors(device: torch.device) -> tuple[int, int]:
     """How many multiprocessors there are, and the shared memory that a block may have. In the interpreter: any."""
     if device.type == "cpu":
         return 1, 1 << 18
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return properties["multiprocessor_count"], properties["max_shared_mem"]
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}

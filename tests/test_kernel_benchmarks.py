@@ -14,7 +14,7 @@ from benchmarks import attribution, random_model
 def test_kernels_are_interpreted_on_small_shapes(tmp_path):
     output = tmp_path / "kernels.json"
     command = [sys.executable, "-m", "benchmarks.kernels", "--json", str(output)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=CHECKOUT, env=environment, check=True, capture_output=True, timeout=120)
     result = json.loads(output.read_text())
     assert result["device"].startswith("interpreter")

@@ -13,12 +13,13 @@ from conftest import CHECKOUT
 
 from agd_vllm.attribution.tangent_pass import _attention_kernel
 from agd_vllm.kernels import triton_support
+from agd_vllm.kernels.dual_attention import DECODE, PREFILL, choose_tiling, num_splits
 
 
 def test_interpreted_kernels_equal_their_twins():
     """In a process of its own: Triton must know that it interprets before anything imports it, and vLLM does."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout and "skipped" not in done.stdout
@@ -61,3 +62,24 @@ def test_without_triton_the_twins_are_used_after_one_warning(fresh, monkeypatch,
     (record,) = caplog.records
     assert record.message.startswith("the GPU is used without kernels of its own, which is slower: ")
     assert record.message.endswith("(needs triton>=3.2)")
+
+
+@pytest.mark.parametrize(
+    ("shared", "head_dim", "rows"),
+    [(227, 64, 128), (227, 128, 128), (227, 256, 64), (163, 128, 64), (99, 128, 32), (99, 64, 64), (64, 256, 16)],
+)
+def test_tiles_fit_the_shared_memory_that_there_is(shared, head_dim, rows):
+    """KiB of a Hopper, an Ampere and smaller cards."""
+    tiling = choose_tiling(PREFILL, head_dim, 4, shared << 10)
+    assert tiling.rows == rows
+    assert tiling.shared_bytes(head_dim) <= shared << 10
+    assert choose_tiling(DECODE, head_dim, 4, shared << 10).rows == 16
+    assert choose_tiling(DECODE, head_dim, 20, shared << 10).rows == 32
+
+
+def test_keys_are_shared_out_only_where_programs_are_few():
+    assert num_splits(programs=64 * 8, longest=4096, processors=132) == 2
+    assert num_splits(programs=1 * 8, longest=4096, processors=132) == 8
+    assert num_splits(programs=1 * 8, longest=100_000, processors=132) == 64
+    assert num_splits(programs=1 * 8, longest=600, processors=132) == 1
+    assert num_splits(programs=5000, longest=4096, processors=132) == 1
