@@ -23,7 +23,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from agd_vllm.evaluation.strategies import typed_options
-from agd_vllm.pipeline.decoder import Decoder, DecoderOptions
+from agd_vllm.pipeline.decoder import Decoder
+from agd_vllm.pipeline.options import DecoderOptions
 from agd_vllm.records import RowError
 
 # Generation settings that mean nothing where nothing is drawn.

@@ -152,7 +152,7 @@ def test_given_answers_are_taken_and_the_others_decoded(dataset, tokenizer, smol
     from test_run import Decoding
 
     from agd_vllm.pipeline import run as run_module
-    from agd_vllm.pipeline.decoder import DecoderOptions
+    from agd_vllm.pipeline.options import DecoderOptions
     from agd_vllm.pipeline.run import RunSettings, run_dataset
     from agd_vllm.prepare import Preparer
 

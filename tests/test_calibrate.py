@@ -14,7 +14,7 @@ from test_cli import fails
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agd_vllm.pipeline import calibration
-from agd_vllm.pipeline.decoder import DecoderOptions
+from agd_vllm.pipeline.options import DecoderOptions
 from agd_vllm.records import DecodedRow, RowError
 
 PROMPTS = {"one": "The capital of France is", "two": "Once upon a time there was a", "long": "word and " * 90}

@@ -4,7 +4,7 @@ import pytest
 
 from agd_vllm import Decoder
 from agd_vllm.commands.decode import decode
-from agd_vllm.pipeline.decoder import DecoderOptions
+from agd_vllm.pipeline.options import DecoderOptions
 from agd_vllm.pipeline.run import RunSettings, run_identity
 from agd_vllm.pipeline.strategies import STRATEGIES
 

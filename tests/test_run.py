@@ -15,7 +15,7 @@ from conftest import CHECKOUT
 from test_writer import decoded
 
 from agd_vllm.pipeline import run as run_module
-from agd_vllm.pipeline.decoder import DecoderOptions
+from agd_vllm.pipeline.options import DecoderOptions
 from agd_vllm.pipeline.run import RunSettings, run_dataset
 from agd_vllm.records import InputRow
 from agd_vllm.storage import OutputFailed

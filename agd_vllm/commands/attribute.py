@@ -64,7 +64,7 @@ def attribute(
         _check_input(inputs, output, model)
     else:
         _check_run(ctx, inputs, output)
-    from agd_vllm.pipeline.decoder import DecoderOptions
+    from agd_vllm.pipeline.options import DecoderOptions
     from agd_vllm.pipeline.relevance import RelevanceSettings, attribute_run
     from agd_vllm.pipeline.run import RunSettings, run_dataset
 

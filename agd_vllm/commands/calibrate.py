@@ -43,7 +43,7 @@ def calibrate(
     """
     quiet_unless(options["debug"])
     from agd_vllm.pipeline import calibration
-    from agd_vllm.pipeline.decoder import DecoderOptions
+    from agd_vllm.pipeline.options import DecoderOptions
 
     decoder_options = DecoderOptions(**options, strategy="greedy", entropies=True)
     end_as_interrupt()

@@ -68,7 +68,7 @@ def decode(
       random-candidate  a control for agd: the same uncertain steps and candidates, chosen at random (--seed)
     """
     quiet_unless(options["debug"])
-    from agd_vllm.pipeline.decoder import DecoderOptions
+    from agd_vllm.pipeline.options import DecoderOptions
     from agd_vllm.pipeline.run import RunSettings, preview, run_dataset
 
     decoder_options = DecoderOptions(**options)

@@ -67,7 +67,7 @@ def evaluate(
     from agd_vllm.evaluation.evaluate import EvaluationSettings
     from agd_vllm.evaluation.evaluate import evaluate as run_evaluation
     from agd_vllm.evaluation.strategies import parse_strategies
-    from agd_vllm.pipeline.decoder import DecoderOptions
+    from agd_vllm.pipeline.options import DecoderOptions
 
     parsed = parse_strategies(strategies, DecoderOptions(**options))
     end_as_interrupt()

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from agd_vllm.pipeline.decoder import DecoderOptions
+from agd_vllm.pipeline.options import DecoderOptions
 
 # What is the whole evaluation's, not a strategy's: quality is measured under one model, and the rest is its output.
 NOT_A_KEY = ("model", "strategy", "engine_args", "chat_template_kwargs", "log_json", "trace", "debug")

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from agd_vllm.pipeline.decoder import Decoder, DecoderOptions
+from agd_vllm.pipeline.decoder import Decoder
+from agd_vllm.pipeline.options import DecoderOptions
 from agd_vllm.pipeline.progress import ProgressLine
 from agd_vllm.reader import check_inputs, read_rows
 from agd_vllm.records import DecodedRow, InputRow, RowError

@@ -13,7 +13,8 @@ from rich.console import Console
 from agd_vllm.answers import given_answer, gives_answer
 from agd_vllm.dry_run import dry_run
 from agd_vllm.fingerprint import fingerprint
-from agd_vllm.pipeline.decoder import Decoder, DecoderOptions
+from agd_vllm.pipeline.decoder import Decoder
+from agd_vllm.pipeline.options import DecoderOptions
 from agd_vllm.pipeline.progress import ProgressLine, print_summary
 from agd_vllm.pipeline.tally import Tally
 from agd_vllm.pipeline.versions import versions

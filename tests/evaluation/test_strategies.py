@@ -3,7 +3,7 @@
 import pytest
 
 from agd_vllm.evaluation.strategies import parse_strategies
-from agd_vllm.pipeline.decoder import DecoderOptions
+from agd_vllm.pipeline.options import DecoderOptions
 
 BASE = DecoderOptions(model="m", tau=1.0, max_tokens=9)
 
