@@ -213,8 +213,9 @@ class FaultyWorker:
 
 
 def test_a_row_that_kills_its_worker_costs_no_other_row(tmp_path, monkeypatch):
-    def make(cluster, model, settings, debug):
-        return ray.remote(FaultyWorker).options(num_cpus=1, max_restarts=-1).remote(str(tmp_path))
+    def make(cluster, index, model, settings, debug):
+        options = {"num_cpus": 1, "max_restarts": -1, "scheduling_strategy": cluster.room.worker(index)}
+        return ray.remote(FaultyWorker).options(**options).remote(str(tmp_path))
 
     monkeypatch.setattr(placement, "make_worker", make)
     tasks = [Task(str(first), [first, 1], [2, 3], [(0, 2), (1, 9)]) for first in (13, 7, 5, 4, 3)]

@@ -36,7 +36,7 @@ def test_an_engine_over_several_gpus_needs_them_all():
 
 
 @pytest.mark.parametrize(
-    ("engines", "workers"), [(1, 0), (3, 0), (1, 1), (1, 3), (2, 2), (2, 5), (3, 2), (4, 1), (8, 16)]
+    ("engines", "workers"), [(1, 0), (3, 0), (0, 2), (1, 1), (1, 3), (2, 2), (2, 5), (3, 2), (4, 1), (8, 16)]
 )
 def test_every_actor_is_in_one_team_and_teams_are_alike(engines, workers):
     made = teams(engines, workers)

@@ -17,6 +17,7 @@ from agd_vllm.faults import last_line
 from agd_vllm.model import ModelInfo
 from agd_vllm.pipeline import placement
 from agd_vllm.pipeline.fleet import kill, loaded
+from agd_vllm.pipeline.teams import Demand
 
 TURN_S = 1.0
 # A row with which a worker has died so often does not get another one.
@@ -57,9 +58,9 @@ class RelevanceFleet:
         self._model = model
         self._settings = AttributionSettings("lxt", rule, dtype)
         self._debug = debug
-        self._cluster = placement.connect(placement.Demand(engines=0, workers=count, gpus_per_engine=0), debug)
+        self._cluster = placement.connect(Demand(engines=0, workers=count, gpus_per_engine=0), debug)
         _, self._cores = placement.cores(self._cluster, 0, count)
-        self.layout = placement.layout(self._cluster, [], self._cores)
+        self.layout = placement.layout(self._cluster.shares, [], self._cores)
         self._workers: list[Any] = []
         self._deaths = 0
 
@@ -79,7 +80,7 @@ class RelevanceFleet:
 
     def _launch(self, index: int) -> Any:
         settings = replace(self._settings, cores=self._cores[index])
-        return placement.make_worker(self._cluster, self._model, settings, self._debug)
+        return placement.make_worker(self._cluster, index, self._model, settings, self._debug)
 
     def attribute(self, tasks: Iterator[Task]) -> Iterator[Attributed | None]:
         """Every task exactly once, in completion order; None now and then while nothing ends."""

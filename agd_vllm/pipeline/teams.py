@@ -55,7 +55,7 @@ def teams(engines: int, workers: int) -> list[Team]:
     All workers for every engine would make batches that many times smaller, and a batch costs what its weights cost.
     The team of engine i is the one at i modulo their number.
     """
-    count = min(engines, workers) or engines
+    count = min(engines, workers) or max(engines, workers)
     return [Team(tuple(range(team, engines, count)), tuple(range(team, workers, count))) for team in range(count)]
 
 
