@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from conftest import CHECKOUT, DEMO_ROWS
-from runs import made_row, write_run
+from made_runs import made_row, write_run
 from test_cli import fails
 from test_run import dataset  # noqa: F401 (a fixture)
 

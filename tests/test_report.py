@@ -10,7 +10,7 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from runs import made_row, write_relevance, write_run
+from made_runs import made_row, write_relevance, write_run
 from test_cli import fails, run
 
 from agd_vllm.chat import load_tokenizer

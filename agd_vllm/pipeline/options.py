@@ -1,0 +1,95 @@
+"""What a run can be asked for, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from agd_vllm.attribution.scorer import RULES, SCORERS
+from agd_vllm.engine.channel import MAX_TOP_K
+from agd_vllm.pipeline.strategies import STRATEGIES, Agd, Cad, Greedy, RandomCandidate, Strategy
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderOptions:
+    """All that a run can be asked for; the names are the command line's. Raises ValueError with one line each."""
+
+    model: str | None = None
+    strategy: str = "agd"
+    tau: float = 1.734
+    top_k: int = 5
+    min_prob: float = 0.05
+    roi: str | None = None
+    roi_heads: str | None = None
+    scorer: str = "forward"
+    rule: str = "attnlrp"
+    cad_alpha: float = 0.5
+    entropies: bool = False
+    engines: int = 1
+    attribution_workers: int = 1
+    max_tokens: int = 256
+    max_model_len: int | None = None
+    dtype: str = "auto"
+    attribution_dtype: str | None = None
+    seed: int = 0
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
+    log_json: str | None = None
+    trace: str | None = None
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        dtypes = ("auto", *DTYPES)
+        checks = (
+            (isinstance(self.model, str) and self.model != "", "model is missing; name a folder or a Hugging Face id"),
+            (self.scorer in SCORERS, f"scorer {self.scorer!r}: choose one of {', '.join(SCORERS)}"),
+            (self.rule in RULES, f"rule {self.rule!r}: choose one of {', '.join(RULES)}"),
+            (self.dtype in dtypes, f"dtype {self.dtype!r}: choose one of {', '.join(dtypes)}"),
+            (
+                self.attribution_dtype in (None, *dtypes),
+                f"attribution_dtype {self.attribution_dtype!r}: choose one of {', '.join(dtypes)}",
+            ),
+            (self.strategy in STRATEGIES, f"strategy {self.strategy!r}: choose one of {', '.join(STRATEGIES)}"),
+            (
+                not (self.strategy == Cad.name and self.roi_heads),
+                "roi_heads: strategy cad takes the region out of the prompt, which heads are not in; leave it out",
+            ),
+            (
+                not self.entropies or self.strategy == Greedy.name,
+                f"entropies: recorded with strategy greedy only, not with {self.strategy}",
+            ),
+            (
+                self.cad_alpha >= 0 and math.isfinite(self.cad_alpha),
+                f"cad_alpha {self.cad_alpha}: must be a finite number, 0 or more",
+            ),
+            (self.tau >= 0, f"tau {self.tau}: must be 0 or more (nats)"),
+            (2 <= self.top_k <= MAX_TOP_K, f"top_k {self.top_k}: a choice is among 2 to {MAX_TOP_K} candidates"),
+            (0 <= self.min_prob <= 1, f"min_prob {self.min_prob}: must lie between 0 and 1"),
+            (self.engines >= 1, f"engines {self.engines}: at least 1"),
+            (self.attribution_workers >= 1, f"attribution_workers {self.attribution_workers}: at least 1"),
+            (self.max_tokens >= 1, f"max_tokens {self.max_tokens}: at least 1"),
+            (self.max_model_len is None or self.max_model_len >= 1, f"max_model_len {self.max_model_len}: at least 1"),
+        )
+        for fine, message in checks:
+            if not fine:
+                raise ValueError(message)
+
+    @property
+    def default_roi(self) -> str:
+        """The region of rows that name none: the system prompt, but for a head set, which is a region of its own."""
+        if self.roi is not None:
+            return self.roi
+        return "none" if self.roi_heads else "role=system"
+
+    def make_strategy(self) -> Strategy:
+        made = {
+            Agd.name: Agd(),
+            Greedy.name: Greedy(self.entropies),
+            Cad.name: Cad(self.cad_alpha),
+            RandomCandidate.name: RandomCandidate(self.seed),
+        }
+        return made[self.strategy]
