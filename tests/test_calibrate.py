@@ -18,17 +18,21 @@ from agd_vllm.pipeline.options import DecoderOptions
 from agd_vllm.records import DecodedRow, RowError
 
 PROMPTS = {"one": "The capital of France is", "two": "Once upon a time there was a", "long": "word and " * 90}
-TOKENS, PERCENTILE = 16, 75
+TOKENS, PERCENTILE = 12, 75
 
 
-def entropies_of_transformers(model_path, prompt: str) -> list[float]:
+def entropies_of_transformers(model_path) -> dict[str, list[float]]:
+    """Of each prompt's greedy tokens, by a cached forward in float32."""
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    made = model.generate(
-        **inputs, do_sample=False, max_new_tokens=TOKENS, output_logits=True, return_dict_in_generate=True
-    )
-    return [float(torch.distributions.Categorical(logits=logits[0]).entropy()) for logits in made.logits]
+    options = {"do_sample": False, "max_new_tokens": TOKENS, "output_logits": True, "return_dict_in_generate": True}
+    made = {
+        name: model.generate(**tokenizer(prompt, return_tensors="pt"), **options) for name, prompt in PROMPTS.items()
+    }
+    return {
+        name: [float(torch.distributions.Categorical(logits=logits[0]).entropy()) for logits in each.logits]
+        for name, each in made.items()
+    }
 
 
 def test_calibration_end_to_end(smollm2, tmp_path):
@@ -61,8 +65,7 @@ def test_calibration_end_to_end(smollm2, tmp_path):
     for row in table.to_pylist():
         assert row["step"] not in found[row["id"]]
         found[row["id"]][row["step"]] = row["entropy"]
-    for name, prompt in PROMPTS.items():
-        expected = entropies_of_transformers(smollm2, prompt)
+    for name, expected in entropies_of_transformers(smollm2).items():
         assert list(found[name]) == list(range(len(expected)))
         assert list(found[name].values()) == pytest.approx(expected, abs=1e-3)
 

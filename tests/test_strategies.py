@@ -36,7 +36,11 @@ def rows(smollm2) -> list[PreparedRow]:
 
 @pytest.fixture(scope="module")
 def transformers_model(smollm2):
-    return AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    # A thread, because the engine's wait for each other on the same cores.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
