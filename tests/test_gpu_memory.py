@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from transformers import LlamaConfig
+from vllm.platforms import current_platform
 
 from agd_vllm.attribution.worker import AttributionSettings, AttributionWorker
 from agd_vllm.engine.engine import check_gpu
@@ -56,6 +57,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, total))
         properties = type("Properties", (), {"total_memory": total})
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+        monkeypatch.setattr(type(current_platform), "get_device_total_memory", lambda *_: total)
 
     return make
 

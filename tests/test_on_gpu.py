@@ -2,10 +2,6 @@
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
-
 from cached_batch import batch, copies, same_caches
 
 from agd_vllm.attribution.rules import RULES
@@ -14,6 +10,7 @@ from agd_vllm.engine.gate_reports import CopyFromGPU
 from agd_vllm.kernels import dual_attention, triton_support
 from agd_vllm.kernels.gate import gate, gate_twin
 
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 CUDA = torch.device("cuda")
 
 

@@ -216,16 +216,17 @@ class Engine:
 
 def check_gpu(config: Any) -> None:
     """Raises RuntimeError with one line where what vLLM may take of a GPU, by its `config`, is too little."""
-    import torch
+    from vllm.platforms import current_platform
 
     from agd_vllm.gpu_memory import check_room, engine_needs
 
-    model = config.model_config
-    if model.quantization is not None:
-        return  # what its weights take only vLLM knows
+    model, cache = config.model_config, config.cache_config
+    if model.quantization is not None or cache.kv_cache_memory_bytes is not None:
+        return  # what it takes then only vLLM knows
     needs = engine_needs(model.hf_config, model.dtype, model.max_model_len, config.parallel_config.world_size)
-    _, total = torch.cuda.mem_get_info()
-    share = config.cache_config.gpu_memory_utilization
+    # Not by torch, which would take memory of the GPU for this process, too.
+    total = current_platform.get_device_total_memory()
+    share = cache.gpu_memory_utilization
     remedies = (
         "take a lower --max-model-len, fewer --engines or --attribution-workers, a higher --engine-arg "
         "gpu_memory_utilization or tensor_parallel_size, or more GPUs"
