@@ -22,6 +22,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from agd_vllm.commands.process import UNUSABLE, quiet_unless
 from agd_vllm.evaluation.strategies import typed_options
 from agd_vllm.pipeline.decoder import Decoder
 from agd_vllm.pipeline.options import DecoderOptions
@@ -70,7 +71,7 @@ class AGDModel(LM):
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise RequestRefused(
-            "agd-vllm generates text and gives no likelihoods: AGD selects tokens and leaves the model's probabilities "
+            "no likelihoods: AGD selects tokens and leaves the model's probabilities "
             "as they are; choose tasks of output_type generate_until, or score likelihoods with --model vllm"
         )
 
@@ -127,10 +128,12 @@ def _refuse(error: RowError) -> None:
 
 def main() -> None:
     """`lm_eval`, with one line for what this model refuses."""
+    quiet_unless(False)
     try:
         cli_evaluate()
     except RequestRefused as refused:
-        sys.exit(f"agd-vllm: {refused}")
+        print(f"agd-vllm: {refused}", file=sys.stderr)
+        sys.exit(UNUSABLE)
 
 
 if __name__ == "__main__":

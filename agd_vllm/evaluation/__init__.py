@@ -1,1 +1,1 @@
-"""Evaluation: benchmarks in the format that they are published in, as rows with regions."""
+"""Evaluation: published benchmarks as rows with regions, their checkers, a table over strategies, and head rankings."""

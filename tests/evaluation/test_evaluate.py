@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import CHECKOUT
-from test_cli import fails
+from test_cli import fails, run
 from transformers import AutoModelForCausalLM
 
 SYSTEM = "Use no commas. Answer in at least three words."
@@ -51,38 +51,45 @@ def perplexity(model, results):
     return math.exp(sum(losses) / len(losses))
 
 
-def test_two_strategies_on_the_same_rows(tmp_path, smollm2, data):
+def test_two_strategies_on_the_same_rows(capsys, tmp_path, smollm2, data):
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "agd_vllm", "evaluate", "--suite", "jsonl", "--data", data]
-    command += ["--model", str(smollm2), "--strategies", "greedy,agd:tau=0.3", "--limit", "4", "--max-tokens", "24"]
-    command += ["--max-model-len", "512", "--dtype", "float32", "--engine-arg", "enforce_eager=true"]
-    command += ["--output", str(output)]
+    arguments = ["evaluate", "--suite", "jsonl", "--data", data, "--model", str(smollm2), "--output", str(output)]
+    arguments += ["--strategies", "greedy,agd:tau=0.3", "--limit", "4", "--max-tokens", "24", "--dtype", "float32"]
+    arguments += ["--max-model-len", "512", "--engine-arg", "enforce_eager=true"]
+    command = [sys.executable, "-m", "agd_vllm", *arguments]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert "nothing left to decode" not in done.stderr
+    table = (output / "table.md").read_text()
+    assert table.strip() in done.stdout
+    greedy, agd = json.loads((output / "table.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    for invocation in range(2):
-        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("nothing left to decode") == 2 * invocation
-        greedy, agd = json.loads((output / "table.json").read_text())
-        for record, folder in ((greedy, "greedy"), (agd, "agd-tau-0-3")):
-            results = pq.read_table(output / folder / "results").to_pylist()
-            assert {row["id"] for row in results} == {f"row-{number}" for number in range(4)}
-            texts = {row["id"]: row["text"] for row in results}
-            kept = ["," not in texts[id] for id in ("row-0", "row-1")]
-            long = [len(texts[id].split()) >= 3 for id in ("row-0", "row-1")]
-            right = [name in texts[id] for id, name in (("row-2", "Paris"), ("row-3", "Shakespeare"))]
-            rows = [a and b for a, b in zip(kept, long, strict=True)] + right
-            assert record["rows"] == 4
-            assert record["prompt_accuracy"] == sum(rows) / 4
-            assert record["instruction_accuracy"] == pytest.approx(sum(kept + long + right) / 6)
-            assert record["perplexity"] == pytest.approx(perplexity(model, results), rel=1e-3)
-            summary = json.loads((output / folder / "summary.json").read_text())
-            assert record["guided_share"] == pytest.approx(summary["guided_steps"] / summary["output_tokens"])
-            assert record["tokens_per_second"] == pytest.approx(summary["tokens_per_second"])
-        assert greedy["guided_share"] == 0 < agd["guided_share"]
-        assert greedy["difference"] is None
-        assert agd["difference"] == pytest.approx(agd["prompt_accuracy"] - greedy["prompt_accuracy"])
-        assert agd["ci_low"] <= agd["difference"] <= agd["ci_high"]
-        assert (output / "table.md").read_text().strip() in done.stdout
+    for record, folder in ((greedy, "greedy"), (agd, "agd-tau-0-3")):
+        results = pq.read_table(output / folder / "results").to_pylist()
+        assert {row["id"] for row in results} == {f"row-{number}" for number in range(4)}
+        texts = {row["id"]: row["text"] for row in results}
+        kept = ["," not in texts[id] for id in ("row-0", "row-1")]
+        long = [len(texts[id].split()) >= 3 for id in ("row-0", "row-1")]
+        right = [name in texts[id] for id, name in (("row-2", "Paris"), ("row-3", "Shakespeare"))]
+        rows = [a and b for a, b in zip(kept, long, strict=True)] + right
+        assert record["rows"] == 4
+        assert record["prompt_accuracy"] == sum(rows) / 4
+        assert record["instruction_accuracy"] == pytest.approx(sum(kept + long + right) / 6)
+        assert record["perplexity"] == pytest.approx(perplexity(model, results), rel=1e-3)
+        summary = json.loads((output / folder / "summary.json").read_text())
+        assert record["guided_share"] == pytest.approx(summary["guided_steps"] / summary["output_tokens"])
+        assert record["tokens_per_second"] == pytest.approx(summary["tokens_per_second"])
+    assert greedy["guided_share"] == 0 < agd["guided_share"]
+    assert greedy["difference"] is None
+    assert agd["difference"] == pytest.approx(agd["prompt_accuracy"] - greedy["prompt_accuracy"])
+    assert agd["ci_low"] <= agd["difference"] <= agd["ci_high"]
+
+    # The same command again decodes nothing and says the same; a smaller limit looks at fewer rows.
+    status, _, err = run(capsys, *arguments)
+    assert (status, err.count("nothing left to decode")) == (0, 2)
+    assert (output / "table.md").read_text() == table
+    assert run(capsys, *arguments, "--limit", "2")[0] == 0
+    assert [record["rows"] for record in json.loads((output / "table.json").read_text())] == [2, 2]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from conftest import CHECKOUT
 from lm_eval.api.instance import Instance
 
-from agd_vllm.lm_eval import AGDModel, RequestRefused
+from agd_vllm.lm_eval import AGDModel, RequestRefused, main
 
 TASK = """
 task: capitals
@@ -19,7 +19,7 @@ output_type: {output_type}
 description: "Answer with the name of a city."
 doc_to_text: "What is the capital of {{{{country}}}}?"
 doc_to_target: "{{{{city}}}}"
-generation_kwargs: {{until: ["{until}"], max_gen_toks: 12{more}}}
+generation_kwargs: {{until: ["rance"], max_gen_toks: 12}}
 metric_list:
   - metric: exact_match
     ignore_case: true
@@ -28,35 +28,35 @@ metric_list:
 ROWS = [{"country": "France", "city": "Paris"}, {"country": "Italy", "city": "Rome"}]
 
 
-def lm_eval(tmp_path, smollm2, output_type="generate_until", until="rance", more="", chat=("--apply_chat_template",)):
+def command_line(tmp_path, smollm2, output_type="generate_until"):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    task = TASK.format(data=tmp_path / "rows.jsonl", output_type=output_type, until=until, more=more)
-    (tmp_path / "capitals.yaml").write_text(task)
+    (tmp_path / "capitals.yaml").write_text(TASK.format(data=tmp_path / "rows.jsonl", output_type=output_type))
     settings = {"pretrained": str(smollm2), "tau": 0, "max_model_len": 512, "dtype": "float32"}
-    command = [sys.executable, "-m", "agd_vllm.lm_eval", "run", "--model", "agd-vllm", "--tasks", "capitals", *chat]
-    command += ["--model_args", json.dumps(settings | {"engine_args": {"enforce_eager": True}})]
-    command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--log_samples"]
-    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=500)
+    arguments = ["run", "--model", "agd-vllm", "--tasks", "capitals", "--apply_chat_template"]
+    arguments += ["--model_args", json.dumps(settings | {"engine_args": {"enforce_eager": True}})]
+    return [*arguments, "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--log_samples"]
 
 
 def test_a_generation_task_end_to_end(tmp_path, smollm2):
-    done = lm_eval(tmp_path, smollm2)
+    command = [sys.executable, "-m", "agd_vllm.lm_eval", *command_line(tmp_path, smollm2)]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert "|capitals|" in done.stdout
     (path,) = (tmp_path / "out").rglob("samples_capitals_*.jsonl")
     samples = sorted(map(json.loads, path.read_text().splitlines()), key=lambda sample: sample["doc_id"])
     answers = [sample["resps"][0][0] for sample in samples]
     # In the order of the rows; cut before the stop string, which the first answer would have gone through.
-    assert answers[0].rstrip().endswith("F")
+    assert answers[0].endswith("F")
     assert "Rome" in answers[1]
     assert "capital of Italy" in samples[1]["arguments"]["gen_args_0"]["arg_0"]
 
 
-def test_likelihoods_and_sampling_are_refused_in_one_line(tmp_path, smollm2):
-    done = lm_eval(tmp_path, smollm2, output_type="loglikelihood")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("agd-vllm: agd-vllm generates text and gives no likelihoods")
-    assert "Traceback" not in done.stderr
+def test_likelihoods_are_refused_in_one_line(monkeypatch, capsys, tmp_path, smollm2):
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *command_line(tmp_path, smollm2, "loglikelihood")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("agd-vllm: no likelihoods: AGD selects tokens")
 
 
 @pytest.fixture(scope="module")
