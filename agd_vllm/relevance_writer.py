@@ -13,9 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from agd_vllm.storage import OutputDirectory, OutputFailed
-from agd_vllm.writer import ERRORS, LOCK
+from agd_vllm.writer import LOCK
 
+# The folder holds Parquet only, so that it can be read as one table.
 RELEVANCE = "relevance"
+RELEVANCE_ERRORS = "relevance-errors.jsonl"
 PART_BYTES, PART_SECONDS = 64 << 20, 60.0
 
 RELEVANCE_SCHEMA = pa.schema(
@@ -46,8 +48,8 @@ class TokenRelevance:
 class RelevanceWriter:
     """Takes the relevance of whole rows and makes it durable after PART_BYTES bytes or PART_SECONDS seconds.
 
-    A part appears whole, by a rename, and is never touched again; failed rows go to `relevance/errors.jsonl`. Opening
-    it mends what a dead process left. Not thread-safe.
+    A part appears whole, by a rename, and is never touched again; failed rows go to RELEVANCE_ERRORS. Opening it
+    mends what a dead process left. Not thread-safe.
     Raises OutputFailed, from every method, where the storage fails, or at once where another process writes here.
     """
 
@@ -127,7 +129,7 @@ class RelevanceWriter:
             self._buffer, self._bytes = [], 0
         if self._errors:
             data = b"".join(self._errors)
-            self._output.write_from(f"{RELEVANCE}/{ERRORS}", self._errors_end, data)
+            self._output.write_from(RELEVANCE_ERRORS, self._errors_end, data)
             self._errors_end += len(data)
             self._errors = []
         self._since = None
@@ -157,8 +159,8 @@ class RelevanceWriter:
     def _recover_errors(self) -> int:
         """Takes note of the rows that failed; the size of the whole lines, which a torn one may follow."""
         end = 0
-        if ERRORS in self._output.names(RELEVANCE):
-            with self._output.open(f"{RELEVANCE}/{ERRORS}") as file, self._output.faults(ERRORS):
+        if RELEVANCE_ERRORS in self._output.names():
+            with self._output.open(RELEVANCE_ERRORS) as file, self._output.faults(RELEVANCE_ERRORS):
                 for line in file:
                     if not line.endswith(b"\n"):
                         break

@@ -38,7 +38,14 @@ class RunReader:
 
     def parameters(self) -> dict[str, Any]:
         """What ran, and, once the run has ended or was broken off, its counts and times: `summary.json`."""
-        return self._json(RUN) | self._json(SUMMARY)
+        return self.json(RUN) | self.json(SUMMARY)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """One of the run's JSON files; empty where it is not there."""
+        if name not in self.output.names():
+            return {}
+        with self.output.open(name) as file, self.output.faults(name):
+            return json.load(file)
 
     def ids(self) -> list[str]:
         """The ids of all decoded rows, in completion order."""
@@ -79,12 +86,6 @@ class RunReader:
     def _table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         with self.output.open(name) as file, self.output.faults(name):
             return pq.read_table(file, columns=columns)
-
-    def _json(self, name: str) -> dict[str, Any]:
-        if name not in self.output.names():
-            return {}
-        with self.output.open(name) as file, self.output.faults(name):
-            return json.load(file)
 
 
 def _only(table: pa.Table, ids: pa.Array | None) -> pa.Table:

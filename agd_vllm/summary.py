@@ -22,13 +22,12 @@ class OutputUnusable(Exception):
     """An output directory that this run must not write into, or cannot. One line: which, why, how to mend it."""
 
 
-def open_run(directory: str, identity: dict[str, Any], resume: bool, otherwise: str = "give another directory") -> None:
+def open_run(directory: str, identity: dict[str, Any], resume: bool) -> None:
     """Claims a directory for the run that `identity` describes: a new or empty one, or with `resume` the same run's.
 
     `identity` is JSON whose values decide what is decoded and how (model, strategy, parameters, inputs). It is kept in
     `run.json`, and a later run is the same one if all its keys have the same values. Nothing in the directory is
-    changed but for `run.json`, which appears before anything else of the run. `otherwise` is what else a user can do
-    where it is another run's.
+    changed but for `run.json`, which appears before anything else of the run.
     Raises:
         OutputUnusable: for a directory of another run (naming what differs) or of no run, one that is not empty without
             `resume`, a file, and one that cannot be written.
@@ -51,10 +50,11 @@ def open_run(directory: str, identity: dict[str, Any], resume: bool, otherwise: 
             held = json.load(file)
     except OutputFailed as failed:
         raise OutputUnusable(str(failed)) from failed
-    differences = _differences(held, identity)
-    if differences:
+    different = differences(held, identity)
+    if different:
         raise OutputUnusable(
-            f"output {directory} holds a different run: {'; '.join(differences)}; repeat its options, or {otherwise}"
+            f"output {directory} holds a different run: {'; '.join(different)}; repeat its options, or give another "
+            "directory"
         )
 
 
@@ -105,14 +105,14 @@ def _total(values: pa.ChunkedArray) -> int:
     return pc.sum(values).as_py() or 0
 
 
-def _differences(held: Any, new: Any, where: str = "") -> list[str]:
-    """What differs, as `parameters.tau is 1.734 there and 0 here`."""
+def differences(held: Any, new: Any, where: str = "") -> list[str]:
+    """What differs between two JSON values, as `parameters.tau is 1.734 there and 0 here`."""
     if isinstance(held, dict) and isinstance(new, dict):
         keys = [*held, *(key for key in new if key not in held)]
         return [
             line
             for key in keys
-            for line in _differences(held.get(key), new.get(key), f"{where}.{key}" if where else str(key))
+            for line in differences(held.get(key), new.get(key), f"{where}.{key}" if where else str(key))
         ]
     return [] if held == new else [f"{where} is {_shown(held)} there and {_shown(new)} here"]
 

@@ -87,7 +87,7 @@ def test_relevance_is_durable_in_parts_and_knows_what_is_done(tmp_path):
         writer.fail("c", "attribution", "too large")
     # As a process that died would leave it: a part half written, a line torn.
     (tmp_path / "relevance/.part-00002.parquet.tmp").write_bytes(b"PAR1")
-    with (tmp_path / "relevance/errors.jsonl").open("ab") as file:
+    with (tmp_path / "relevance-errors.jsonl").open("ab") as file:
         file.write(b'{"id": "d", "err')
     with RelevanceWriter(str(tmp_path)) as writer:
         assert [writer.steps_of(id) for id in "abcd"] == [2, 1, 0, 0]
@@ -98,8 +98,8 @@ def test_relevance_is_durable_in_parts_and_knows_what_is_done(tmp_path):
         writer.fail("d", "attribution", "too large")
         writer.add("a", [some(5)])
     names = sorted(path.name for path in (tmp_path / "relevance").iterdir())
-    assert names == [".lock", "errors.jsonl", *(f"part-0000{number}.parquet" for number in range(3))]
-    errors = [json.loads(line) for line in (tmp_path / "relevance/errors.jsonl").read_text().splitlines()]
+    assert names == [".lock", *(f"part-0000{number}.parquet" for number in range(3))]
+    errors = [json.loads(line) for line in (tmp_path / "relevance-errors.jsonl").read_text().splitlines()]
     assert [error["id"] for error in errors] == ["c", "d"]
     found = relevance_of(tmp_path)
     assert set(found) == {("a", 4, 7), ("a", 4, 8), ("a", 0, 7), ("b", 1, 7), ("a", 5, 7)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from agd_vllm.model import ModelInfo, inspect_model
 from agd_vllm.pipeline.relevance_fleet import Attributed, RelevanceFleet, Task
 from agd_vllm.pipeline.versions import versions
 from agd_vllm.records import DecodedRow
-from agd_vllm.relevance_writer import RELEVANCE, RelevanceWriter, TokenRelevance
+from agd_vllm.relevance_writer import RELEVANCE, RELEVANCE_ERRORS, RelevanceWriter, TokenRelevance
 from agd_vllm.run_reader import RunReader
-from agd_vllm.summary import count_outputs, open_run, write_summary
+from agd_vllm.summary import OutputUnusable, count_outputs, differences
 
+# Beside `relevance/`: what it was computed with, and, at the end, how much of it there is.
+DESCRIPTION = "relevance.json"
 PROGRESS_SECONDS = 10.0
 # Answers that are compared with their tokens, to notice a model with another vocabulary than the run's.
 ROWS_COMPARED = 8
@@ -74,8 +77,7 @@ def attribute_run(settings: RelevanceSettings) -> int:
     if not counts["decoded"]:
         raise ValueError(f"run {settings.run}: no row is decoded there, so there is nothing to attribute")
     model, identity = _resolve(run, settings)
-    place = f"{run.directory}/{RELEVANCE}"
-    open_run(place, identity, resume=True, otherwise=f"remove {place} to begin anew")
+    _claim(run, identity)
     notes = Console(stderr=True)
     if not counts["guided_steps"]:
         notes.print(
@@ -106,9 +108,26 @@ def attribute_run(settings: RelevanceSettings) -> int:
             "max_steps": settings.max_steps,
             "versions": versions(),
         }
-        write_summary(place, summary)
-    _print(Console(), summary, time.monotonic() - begun, place)
+        _describe(run, summary)
+    _print(Console(), summary, time.monotonic() - begun, run.directory)
     return summary["failed"]
+
+
+def _claim(run: RunReader, identity: dict[str, Any]) -> None:
+    """Relevance of one model, rule and dtype only in a directory. Raises OutputUnusable for that of another."""
+    held = run.json(DESCRIPTION)
+    if not held:
+        _describe(run, identity)
+    elif different := differences({name: held.get(name) for name in identity}, identity):
+        place = f"{run.directory}/{RELEVANCE}"
+        raise OutputUnusable(
+            f"output {place} holds other relevance: {'; '.join(different)}; repeat its options, or begin anew by "
+            f"removing it and {DESCRIPTION} beside it"
+        )
+
+
+def _describe(run: RunReader, description: dict[str, Any]) -> None:
+    run.output.write(DESCRIPTION, json.dumps(description, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def _resolve(run: RunReader, settings: RelevanceSettings) -> tuple[ModelInfo, dict[str, Any]]:
@@ -185,12 +204,12 @@ def _keep(done: Attributed, writer: RelevanceWriter) -> None:
     )
 
 
-def _print(console: Console, summary: dict[str, Any], seconds: float, place: str) -> None:
+def _print(console: Console, summary: dict[str, Any], seconds: float, directory: str) -> None:
     console.print(
         f"{summary['rows']} rows, {summary['steps']} steps, {summary['relevances']} tokens attributed "
         f"({summary['failed']} rows failed), {seconds:.1f} s",
         highlight=False,
     )
-    console.print(f"relevance: {place}", highlight=False, soft_wrap=True)
+    console.print(f"relevance: {directory}/{RELEVANCE}", highlight=False, soft_wrap=True)
     if summary["failed"]:
-        console.print(f"failed rows, with reasons: {place}/errors.jsonl", highlight=False, soft_wrap=True)
+        console.print(f"failed rows, with reasons: {directory}/{RELEVANCE_ERRORS}", highlight=False, soft_wrap=True)
