@@ -15,6 +15,10 @@ import pytest
 from agd_vllm import demo_model
 from agd_vllm.records import Gate, PreparedRow
 
+# In a process of their own (test_triton_kernels.py): Triton interprets either all or nothing.
+# By hand: TRITON_INTERPRET=1 pytest tests/interpreted
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEMO_ROWS = CHECKOUT / "examples/demo.jsonl"
 # Small and quick to start: no compilation, a cache for a few dozen short rows.
