@@ -76,7 +76,7 @@ def test_calibration_end_to_end(smollm2, tmp_path):
         "tau": pytest.approx(np.percentile(entropies, PERCENTILE)),
         "tokens": len(entropies),
     }
-    assert f"tau {tau['tau']:.4g}" in done.stdout
+    assert f"tau {tau['tau']:.3f}" in done.stdout
     assert matplotlib.image.imread(output / "entropy.png").std() > 0
     assert {path.name for path in output.iterdir()} == {"entropy.parquet", "entropy.png", "tau.json"}
 

@@ -70,7 +70,7 @@ def calibrate(settings: CalibrationSettings, options: DecoderOptions) -> int:
     result = {"percentile": settings.percentile, "tau": tau, "tokens": entropies.size}
     output.write(TAU, json.dumps(result, indent=2).encode() + b"\n")
     console = Console()
-    told = f"tau {tau:.4g} nats: percentile {settings.percentile:g} of the entropies of {entropies.size:,} tokens"
+    told = f"tau {tau:.3f} nats: percentile {settings.percentile:g} of the entropies of {entropies.size:,} tokens"
     console.print(told, highlight=False, soft_wrap=True)
     console.print(f"output: {settings.output}", highlight=False, soft_wrap=True)
     failures.print(notes)
@@ -186,7 +186,7 @@ def _plot(entropies: np.ndarray, percentile: float, tau: float) -> bytes:
     axes = figure.subplots()
     axes.hist(entropies, bins=PLOT_BINS, color="tab:blue")
     axes.set_yscale("log")
-    axes.axvline(tau, color="tab:red", label=f"tau {tau:.4g} (percentile {percentile:g})")
+    axes.axvline(tau, color="tab:red", label=f"tau {tau:.3f} (percentile {percentile:g})")
     axes.set_xlabel("entropy of the next-token distribution (nats)")
     axes.set_ylabel("tokens")
     axes.set_title(f"{entropies.size:,} tokens, decoded greedily")
