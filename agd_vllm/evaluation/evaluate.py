@@ -40,8 +40,9 @@ def evaluate(
 ) -> int:
     """Decodes what is missing, writes and says the table; returns how many rows failed, over all strategies.
 
-    `options` are what the strategies share but for their own keys. Whatever makes a strategy unusable is found before the first one loads a model. Raises ValueError, OutputUnusable
-    or, later, what `run_dataset` raises; the same call goes on where it stopped.
+    `options` are what the strategies share but for their own keys. Whatever makes a strategy unusable is found before
+    the first one loads a model. Raises ValueError, OutputUnusable or, later, what `run_dataset` raises; the same call
+    goes on where it stopped.
     """
     rows = read_suite(settings.suite, settings.data, distractors=settings.distractors, seed=options.seed)
     chosen = rows[: settings.limit]
