@@ -69,7 +69,9 @@ def evaluate(
     from agd_vllm.evaluation.strategies import parse_strategies
     from agd_vllm.pipeline.options import DecoderOptions
 
-    parsed = parse_strategies(strategies, DecoderOptions(**options))
+    shared_options = DecoderOptions(**options)
+    parsed = parse_strategies(strategies, shared_options)
     end_as_interrupt()
-    failed = run_evaluation(EvaluationSettings(suite, data, output, limit, distractors), parsed, click.echo)
+    settings = EvaluationSettings(suite, data, output, limit, distractors)
+    failed = run_evaluation(settings, shared_options, parsed, click.echo)
     ctx.exit(ROWS_FAILED if failed else 0)

@@ -14,7 +14,7 @@ from agd_vllm.evaluation.scoring import Scores, check_metadata, score
 from agd_vllm.evaluation.strategies import Strategy
 from agd_vllm.evaluation.suites import Row, read_suite
 from agd_vllm.evaluation.table import markdown, record
-from agd_vllm.pipeline.decoder import Decoder
+from agd_vllm.pipeline.decoder import Decoder, DecoderOptions
 from agd_vllm.pipeline.run import RunSettings, run_dataset, run_identity
 from agd_vllm.schema import row_id
 from agd_vllm.storage import OutputDirectory
@@ -26,7 +26,7 @@ TABLE_JSON, TABLE_MARKDOWN = "table.json", "table.md"
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSettings:
-    """What is evaluated and where it goes; `distractors` are for nq, drawn with the decoder's seed."""
+    """What is evaluated and where it goes; `distractors` are for nq, drawn with the seed of the decoder's options."""
 
     suite: str
     data: str | None
@@ -35,13 +35,15 @@ class EvaluationSettings:
     distractors: int = 0
 
 
-def evaluate(settings: EvaluationSettings, strategies: Sequence[Strategy], say: Callable[[str], None]) -> int:
+def evaluate(
+    settings: EvaluationSettings, options: DecoderOptions, strategies: Sequence[Strategy], say: Callable[[str], None]
+) -> int:
     """Decodes what is missing, writes and says the table; returns how many rows failed, over all strategies.
 
-    Whatever makes a strategy unusable is found before the first one loads a model. Raises ValueError, OutputUnusable
-    or, later, what `run_dataset` raises; the same call goes on where it stopped.
+    `options` are what the strategies share but for their own keys. Whatever makes a strategy unusable is found before
+    the first one loads a model. Raises ValueError, OutputUnusable or, later, what `run_dataset` raises; the same call
+    goes on where it stopped.
     """
-    options = strategies[0].options
     rows = read_suite(settings.suite, settings.data, distractors=settings.distractors, seed=options.seed)
     chosen = rows[: settings.limit]
     check_metadata((row_id(row), _metadata(row)) for row in chosen)
@@ -58,7 +60,7 @@ def evaluate(settings: EvaluationSettings, strategies: Sequence[Strategy], say: 
     outcomes = {strategy.name: read_outcomes(run.output, ids) for strategy, run in zip(strategies, runs, strict=True)}
     summaries = {strategy.name: read_summary(run.output) for strategy, run in zip(strategies, runs, strict=True)}
     scores = score(outcomes)
-    perplexities, dtype = _perplexities(strategies[0], outcomes)
+    perplexities, dtype = _perplexities(options, outcomes)
     greedy = next((strategy.name for strategy in strategies if strategy.options.strategy == "greedy"), None)
     records = [
         record(
@@ -123,13 +125,12 @@ def _lines(rows: Sequence[Row]) -> bytes:
 
 
 def _perplexities(
-    strategy: Strategy, outcomes: Mapping[str, Mapping[str, Outcome]]
+    options: DecoderOptions, outcomes: Mapping[str, Mapping[str, Outcome]]
 ) -> tuple[dict[str, float | None], str]:
     """Perplexity of every strategy's texts under the model that they share, and the dtype that it ran in."""
     from agd_vllm.evaluation.quality import PerplexityModel
 
     disable_progress_bar()
-    options = strategy.options
     model = PerplexityModel(
         options.model,
         dtype=options.dtype,

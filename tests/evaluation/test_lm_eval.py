@@ -19,7 +19,7 @@ output_type: {output_type}
 description: "Answer with the name of a city."
 doc_to_text: "What is the capital of {{{{country}}}}?"
 doc_to_target: "{{{{city}}}}"
-generation_kwargs: {{until: ["rance"], max_gen_toks: 12}}
+generation_kwargs: {{until: ["."], max_gen_toks: 24}}
 metric_list:
   - metric: exact_match
     ignore_case: true
@@ -31,7 +31,7 @@ ROWS = [{"country": "France", "city": "Paris"}, {"country": "Italy", "city": "Ro
 def command_line(tmp_path, smollm2, output_type="generate_until"):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "capitals.yaml").write_text(TASK.format(data=tmp_path / "rows.jsonl", output_type=output_type))
-    settings = {"pretrained": str(smollm2), "tau": 0, "max_model_len": 512, "dtype": "float32"}
+    settings = {"pretrained": str(smollm2), "tau": 0.5, "max_model_len": 512, "dtype": "float32"}
     arguments = ["run", "--model", "agd-vllm", "--tasks", "capitals", "--apply_chat_template"]
     arguments += ["--model_args", json.dumps(settings | {"engine_args": {"enforce_eager": True}})]
     return [*arguments, "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--log_samples"]
@@ -45,9 +45,10 @@ def test_a_generation_task_end_to_end(tmp_path, smollm2):
     (path,) = (tmp_path / "out").rglob("samples_capitals_*.jsonl")
     samples = sorted(map(json.loads, path.read_text().splitlines()), key=lambda sample: sample["doc_id"])
     answers = [sample["resps"][0][0] for sample in samples]
-    # In the order of the rows; cut before the stop string, which the first answer would have gone through.
-    assert answers[0].endswith("F")
-    assert "Rome" in answers[1]
+    # In the order of the rows, cut before the stop string.
+    for answer, words in zip(answers, (("France", "Paris"), ("Italy", "Rome")), strict=True):
+        assert any(word in answer for word in words)
+        assert "." not in answer
     assert "capital of Italy" in samples[1]["arguments"]["gen_args_0"]["arg_0"]
 
 
