@@ -22,10 +22,10 @@ CHROMIUM = "/usr/bin/chromium"
 ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 ARGUMENTS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
-HOSTILE_ID = "</script><img src=x onerror=attacked()>"
+HOSTILE_ID = "</script ></script><img src=x onerror=attacked()>"
 HOSTILE = (
     "</script><script>attacked()</script><!-- <script> & \u2028 &lt;b&gt; <img src='http://192.0.2.1/x' "
-    "onerror='attacked()'> 日本語 🙂 \u202eevil\n\n{{ 7 * 7 }} </textarea>"
+    "onerror='attacked()'> 日本語 🙂 \u202eevil\n\n{{ 7 * 7 }} </textarea><repo_name>"
 )
 ANSWER = "A lighthouse keeper trims the lamp, winds the clockwork and writes the log before the morning fog."
 
@@ -46,7 +46,7 @@ def run_directory(smollm2, tokenizer, tmp_path_factory):
         made_row(tokenizer, HOSTILE_ID, HOSTILE, HOSTILE, guided=(1, 2), metadata=json.dumps(HOSTILE)),
         made_row(tokenizer, "row-10", "Say nothing of note.", "Nothing of note."),
     ]
-    directory = write_run(tmp_path_factory.mktemp("report") / "night watch", rows, str(smollm2))
+    directory = write_run(tmp_path_factory.mktemp("report") / "<i>night watch", rows, str(smollm2), roi=HOSTILE)
     for step in (3, 4):
         write_relevance(directory, rows[0], step)
     return directory
@@ -192,6 +192,8 @@ def test_rows_are_text_whatever_they_hold(opened, report):
     row.locator("summary").click()
     row.locator(".prompt .text").wait_for()
     assert row.locator(".prompt .text").text_content() == HOSTILE
+    assert "<i>night watch" in page.locator("h1").text_content()
+    assert HOSTILE in page.locator(".parameters").text_content()
     token(page, HOSTILE_ID, 1).click()
     assert HOSTILE_ID in page.locator("#inspector .facts").first.text_content()
     assert page.locator("img").count() == 0
@@ -243,6 +245,11 @@ def test_the_keyboard_reaches_everything(opened, report):
     page.keyboard.press("ArrowRight")
     assert "step 4" in page.locator("#inspector").inner_text()
     page.keyboard.press("Escape")
+    assert page.locator("#inspector").is_hidden()
+    assert focused() == "4"
+    page.keyboard.press("Enter")
+    page.locator("#inspector .close").focus()
+    page.keyboard.press("Enter")
     assert page.locator("#inspector").is_hidden()
     assert focused() == "4"
     assert re.search(r"step 4, guided, entropy \d\.\d\d, changed", token(page, "row-1", 4).get_attribute("aria-label"))

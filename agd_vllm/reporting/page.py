@@ -31,7 +31,7 @@ def page(
     rows_in_all: int,
 ) -> str:
     """The whole file. It loads nothing, and its policy lets no script run but its own."""
-    style, script = (files(__package__).joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
+    style, script = _read("page.css"), _read("inspector.js") + _read("page.js")
     data = {
         "texts": table.texts,
         "special": table.special,
@@ -42,7 +42,7 @@ def page(
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["json"] = _json
-    template = environment.from_string(files(__package__).joinpath("page.html").read_text("utf-8"))
+    template = environment.from_string(_read("page.html"))
     return template.render(
         runs=runs,
         style=Markup(style),
@@ -54,6 +54,10 @@ def page(
         relevance=relevance,
         rows_in_all=rows_in_all,
     )
+
+
+def _read(name: str) -> str:
+    return files(__package__).joinpath(name).read_text("utf-8")
 
 
 def _ends(run: ReportedRun) -> list[float]:
