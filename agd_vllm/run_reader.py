@@ -17,7 +17,8 @@ from agd_vllm.relevance_writer import RELEVANCE
 from agd_vllm.storage import OutputDirectory
 from agd_vllm.summary import RUN, SUMMARY
 
-_ROW_COLUMNS = [field.name for field in fields(DecodedRow) if field.name != "steps"]
+# Steps lie in files of their own, and entropies (of calibration) in no run.
+_ROW_COLUMNS = [field.name for field in fields(DecodedRow) if field.name not in ("steps", "entropies")]
 _STEP_COLUMNS = ["id", *(field.name for field in fields(GuidedStep))]
 
 

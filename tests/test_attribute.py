@@ -193,6 +193,7 @@ def test_given_answers_are_taken_and_the_others_decoded(dataset, tokenizer, smol
     assert {error["id"]: error["error"]["type"] for error in errors} == {"empty": "answer", "long": "prompt_length"}
 
 
+@ray.remote
 class FaultyWorker:
     """A worker that dies, once or always, or raises, by the first token of the row."""
 
@@ -215,7 +216,7 @@ class FaultyWorker:
 def test_a_row_that_kills_its_worker_costs_no_other_row(tmp_path, monkeypatch):
     def make(cluster, index, model, settings, debug):
         options = {"num_cpus": 1, "max_restarts": -1, "scheduling_strategy": cluster.room.worker(index)}
-        return ray.remote(FaultyWorker).options(**options).remote(str(tmp_path))
+        return FaultyWorker.options(**options).remote(str(tmp_path))
 
     monkeypatch.setattr(placement, "make_worker", make)
     tasks = [Task(str(first), [first, 1], [2, 3], [(0, 2), (1, 9)]) for first in (13, 7, 5, 4, 3)]
