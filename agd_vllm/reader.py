@@ -224,13 +224,19 @@ def _parquet_rows(source: str) -> Iterator[tuple[int, Any] | RowError]:
             # Read in pieces, where the default is to hold all of a row group, which may be all of the file.
             batches = pq.ParquetFile(file, buffer_size=CHUNK_BYTES, pre_buffer=False).iter_batches(BATCH_ROWS)
         while (batch := _next_batch(batches, source)) is not None:
-            columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+            columns = dict(zip(batch.schema.names, map(_readable, batch.columns), strict=True))
             for index in range(batch.num_rows):
                 number += 1
                 try:
                     yield number, _parquet_row(columns, index)
                 except RowRefused as refused:
                     yield RowError(None, number, None, refused.type, str(refused))
+
+
+def _readable(column: pa.Array) -> pa.Array:
+    """Nanoseconds as text: Python's own times hold none, and what pyarrow gives then depends on pandas being there."""
+    fine = pa.types.is_timestamp(column.type) and column.type.unit == "ns"
+    return column.cast(pa.string()) if fine else column
 
 
 def _parquet_row(columns: dict[str, pa.Array], index: int) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def perplexity(model, results):
     return math.exp(sum(losses) / len(losses))
 
 
+@pytest.mark.long
 def test_two_strategies_on_the_same_rows(capsys, tmp_path, smollm2, data):
     output = tmp_path / "out"
     arguments = ["evaluate", "--suite", "jsonl", "--data", data, "--model", str(smollm2), "--output", str(output)]

@@ -37,6 +37,7 @@ def command_line(tmp_path, smollm2, output_type="generate_until"):
     return [*arguments, "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--log_samples"]
 
 
+@pytest.mark.long
 def test_a_generation_task_end_to_end(tmp_path, smollm2):
     command = [sys.executable, "-m", "agd_vllm.lm_eval", *command_line(tmp_path, smollm2)]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=500)
