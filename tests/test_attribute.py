@@ -273,7 +273,7 @@ def test_relevance_adds_up_to_the_scores_that_guided_a_real_run(decoded_run):
     assert (again.returncode, "nothing left to attribute" in again.stderr) == (0, True)
     refused = attribute("--run", decoded_run, "--rule", "ixg")
     assert refused.returncode == 2
-    assert "rule is" in refused.stderr and "remove" in refused.stderr
+    assert "rule is" in refused.stderr and "begin anew by removing it" in refused.stderr
     more = attribute("--run", decoded_run, "--max-steps", 3)
     assert more.returncode == 0, more.stderr
     after = relevance_of(decoded_run)
