@@ -18,7 +18,7 @@ from test_run import dataset  # noqa: F401 (a fixture)
 from agd_vllm.attribution.worker import WorkerInfo, WorkerRelevance
 from agd_vllm.chat import load_tokenizer
 from agd_vllm.pipeline import placement
-from agd_vllm.pipeline.relevance import selected_steps, step_targets
+from agd_vllm.pipeline.relevance import RelevanceSettings, remaining, selected_steps, step_targets
 from agd_vllm.pipeline.relevance_fleet import RelevanceFleet, Task
 from agd_vllm.relevance_writer import RelevanceWriter, TokenRelevance
 from agd_vllm.run_reader import RunReader
@@ -106,6 +106,22 @@ def test_relevance_is_durable_in_parts_and_knows_what_is_done(tmp_path):
     assert found["a", 0, 7] == {"id": "a", "step": 0, "token_id": 7, "logit": 2.0, "relevance": [0.0, 1.0, 2.0]}
 
 
+def test_a_rerun_goes_on_with_rows_and_steps_that_are_not_done(tmp_path, tokenizer, row):
+    rows = [row, *(made_row(tokenizer, name, "Hi", "there") for name in ("failed", "new"))]
+    run = str(write_run(tmp_path / "run", rows, "model"))
+
+    def left(max_steps: int | None) -> dict[str, list[int]]:
+        tasks = remaining(RunReader(run), RelevanceSettings(run, max_steps=max_steps), writer)
+        return {task.id: list(dict.fromkeys(step for step, _ in task.targets)) for task in tasks}
+
+    with RelevanceWriter(run) as writer:
+        writer.add("row-1", [some(2), some(2, 8), some(7)])
+        writer.fail("failed", "attribution", "too large")
+        assert left(2) == {"new": [0]}
+        assert left(4) == {"row-1": [5, 9], "new": [0]}
+        assert left(None) == {"row-1": selected_steps(row, None)[2:], "new": [0]}
+
+
 def raise_in_another_process(directory) -> None:
     program = f"from agd_vllm.relevance_writer import RelevanceWriter; RelevanceWriter({str(directory)!r})"
     done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
@@ -128,6 +144,10 @@ def test_unusable_requests_are_one_line(capsys, tmp_path, smollm2, tokenizer, ro
     moved = write_run(tmp_path / "moved", [row], str(tmp_path / "gone"))
     assert "--model says where it is now" in fails(capsys, 2, "attribute", "--run", str(moved))
     assert not (moved / "relevance").exists()
+    (run / "relevance.json").write_text('{"model": "other", "revision": null, "rule": "ixg", "dtype": "float32"}')
+    line = fails(capsys, 2, "attribute", "--run", str(run))
+    assert 'rule is "ixg" there and "attnlrp" here' in line
+    assert "removing" in line
 
 
 def test_a_model_that_reads_the_tokens_otherwise_is_refused(capsys, tmp_path, smollm2, tokenizer, row):
@@ -266,21 +286,6 @@ def test_relevance_adds_up_to_the_scores_that_guided_a_real_run(decoded_run):
                 assert summed == pytest.approx(score, abs=1e-4 * max(map(abs, guided.scores)))
                 compared += 1
     assert compared > 8  # some steps changed the token
-
-    # The same command has nothing to do; one for more steps goes on with those; another rule is another's data.
-    before = {path.name: path.read_bytes() for path in (decoded_run / "relevance").glob("part-*")}
-    again = attribute("--run", decoded_run, "--max-steps", 2)
-    assert (again.returncode, "nothing left to attribute" in again.stderr) == (0, True)
-    refused = attribute("--run", decoded_run, "--rule", "ixg")
-    assert refused.returncode == 2
-    assert "rule is" in refused.stderr and "begin anew by removing it" in refused.stderr
-    more = attribute("--run", decoded_run, "--max-steps", 3)
-    assert more.returncode == 0, more.stderr
-    after = relevance_of(decoded_run)
-    assert {(id, step) for id, step, _ in after} == {
-        (row.id, step) for row in rows.values() for step in selected_steps(row, 3)
-    }
-    assert all((decoded_run / "relevance" / name).read_bytes() == data for name, data in before.items())
 
 
 def test_a_given_answer_is_attributed_token_by_token(smollm2, tmp_path):

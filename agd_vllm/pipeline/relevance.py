@@ -87,7 +87,7 @@ def attribute_run(settings: RelevanceSettings) -> int:
         )
     begun = time.monotonic()
     with RelevanceWriter(settings.run) as writer:
-        tasks = _remaining(run, settings, writer)
+        tasks = remaining(run, settings, writer)
         first = next(tasks, None)
         if first is None:
             notes.print("nothing left to attribute", highlight=False)
@@ -169,7 +169,7 @@ def _reads_as(tokenizer: PreTrainedTokenizerFast, row: DecodedRow) -> bool:
     return read.strip().startswith(row.text.strip())
 
 
-def _remaining(run: RunReader, settings: RelevanceSettings, writer: RelevanceWriter) -> Iterator[Task]:
+def remaining(run: RunReader, settings: RelevanceSettings, writer: RelevanceWriter) -> Iterator[Task]:
     """Rows with steps that no earlier invocation has attributed; more of a row's where it asked for fewer."""
     for row in itertools.islice(run.rows(), settings.limit):
         if writer.has_failed(row.id):
