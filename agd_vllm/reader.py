@@ -6,7 +6,7 @@ becomes a `RowError` and reading goes on; a fault of a file raises `InputUnusabl
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +19,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from agd_vllm.id_set import IdSet
 from agd_vllm.records import InputRow, RowError, RowRefused
 from agd_vllm.schema import parse_row, row_id
 
@@ -38,29 +39,6 @@ class InputUnusable(Exception):
     """An input that cannot be read, or not to its end. The message is one line: which, why, how to mend it."""
 
 
-class IdSet:
-    """A set of ids that remembers digests of 16 bytes, so that its size does not depend on the ids' lengths."""
-
-    def __init__(self) -> None:
-        self._digests: set[bytes] = set()
-
-    def add(self, id: str) -> bool:
-        """Adds an id; False where it was there already."""
-        before = len(self._digests)
-        self._digests.add(self._digest(id))
-        return len(self._digests) > before
-
-    def __contains__(self, id: str) -> bool:
-        return self._digest(id) in self._digests
-
-    def __len__(self) -> int:
-        return len(self._digests)
-
-    @staticmethod
-    def _digest(id: str) -> bytes:
-        return hashlib.blake2b(id.encode(), digest_size=16).digest()
-
-
 def read_rows(inputs: Sequence[str]) -> Iterator[InputRow | RowError]:
     """Every row of the inputs, in order: valid ones as `InputRow`, all others as `RowError`; blank lines are no rows.
 
@@ -71,7 +49,8 @@ def read_rows(inputs: Sequence[str]) -> Iterator[InputRow | RowError]:
     seen = IdSet()
     for source in inputs:
         for row in _parquet_rows(source) if _is_parquet(source) else _json_rows(source):
-            yield row if isinstance(row, RowError) else _checked(seen, *row)
+            checked = row if isinstance(row, RowError) else _checked(seen, *row)
+            yield dataclasses.replace(checked, file=source)
 
 
 def check_rows(rows: Iterable[Any]) -> Iterator[InputRow | RowError]:

@@ -47,8 +47,8 @@ class Roi:
 class InputRow:
     """One valid row of the input file. Exactly one of `messages` and `prompt` is set.
 
-    `roi` is None where the row names no region (the run's default applies). `raw` is the row as it was given and
-    `line` its 1-based physical line (or Parquet row): both go to `errors.jsonl` if the row fails later on.
+    `roi` is None where the row names no region (the run's default applies). `raw` is the row as it was given, `line`
+    its 1-based physical line (or Parquet row) and `file` its input: for `errors.jsonl`, if the row fails later on.
     """
 
     id: str
@@ -63,6 +63,7 @@ class InputRow:
     metadata: str = "null"
     raw: Any = None
     line: int = 0
+    file: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class RowError:
     id: str | None
     type: str
     message: str
+    file: str | None = None
 
 
 class RowRefused(Exception):

@@ -18,7 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from agd_vllm.reader import DUPLICATE_ID, IdSet
+from agd_vllm.id_set import IdSet
+from agd_vllm.reader import DUPLICATE_ID
 from agd_vllm.records import DecodedRow, GuidedStep, RowError
 from agd_vllm.storage import OutputDirectory, OutputFailed
 
@@ -120,7 +121,7 @@ class RunWriter:
         elif not self._completed.add(error.id):
             return False
         fault = {"type": error.type, "message": error.message}
-        record = {"input": error.input, "line": error.line, "id": error.id, "error": fault}
+        record = {"input": error.input, "file": error.file, "line": error.line, "id": error.id, "error": fault}
         # Messages may quote names that are no Unicode; as JSON escapes they can be written.
         self._errors.append(json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
         self._error_bytes += len(self._errors[-1])

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import tracemalloc
+from dataclasses import replace
 
 import fsspec
 import pyarrow as pa
@@ -347,9 +348,9 @@ def test_parquet_rows_are_the_same_rows(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.Table.from_pylist([rows[0] | rows[1]]).schema), path)
     check_inputs([path])
     chat, raw, bad = read(path)
-    assert chat == parse_row(rows[0], 1)
-    assert raw == parse_row(rows[1], 2)
-    assert (bad.line, bad.id, bad.type, bad.input) == (3, "bad", "invalid_field", rows[2])
+    assert chat == replace(parse_row(rows[0], 1), file=path)
+    assert raw == replace(parse_row(rows[1], 2), file=path)
+    assert (bad.file, bad.line, bad.id, bad.type, bad.input) == (path, 3, "bad", "invalid_field", rows[2])
 
 
 def test_parquet_values_that_json_has_not(tmp_path):

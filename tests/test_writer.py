@@ -124,7 +124,7 @@ def mixed_input(path, count):
 def test_the_output_is_as_the_contract_says(tmp_path):
     with RunWriter(str(tmp_path / "out")) as writer:
         writer.add(decoded("é1", '{"k": 1}'))
-        writer.fail(RowError({"id": "é2", "x": 1}, 7, "é2", "some_type", "what went wrong"))
+        writer.fail(RowError({"id": "é2", "x": 1}, 7, "é2", "some_type", "what went wrong", "rows.jsonl"))
         writer.fail(RowError("{", 9, None, "invalid_json", "no JSON: \ud800"))
         writer.add(decoded("a"))
     results = pq.read_table(tmp_path / "out/results/part-00000.parquet")
@@ -169,7 +169,7 @@ def test_the_output_is_as_the_contract_says(tmp_path):
     )
     first, second = errors(tmp_path / "out")
     fault = {"type": "some_type", "message": "what went wrong"}
-    assert first == {"input": {"id": "é2", "x": 1}, "line": 7, "id": "é2", "error": fault}
+    assert first == {"input": {"id": "é2", "x": 1}, "file": "rows.jsonl", "line": 7, "id": "é2", "error": fault}
     assert (second["input"], second["id"], second["error"]["message"]) == ("{", None, "no JSON: \ud800")
 
 

@@ -58,4 +58,4 @@ class Source:
 
 
 def _row_error(row: InputRow, type: str, message: str) -> RowError:
-    return RowError(input=row.raw, line=row.line, id=row.id, type=type, message=message)
+    return RowError(input=row.raw, line=row.line, id=row.id, type=type, message=message, file=row.file)
