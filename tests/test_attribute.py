@@ -12,7 +12,7 @@ import pytest
 import ray
 from conftest import CHECKOUT, DEMO_ROWS
 from made_runs import made_row, write_run
-from test_cli import fails
+from test_cli import fails, run
 from test_run import dataset  # noqa: F401 (a fixture)
 
 from agd_vllm.attribution.worker import WorkerInfo, WorkerRelevance
@@ -211,6 +211,13 @@ def test_given_answers_are_taken_and_the_others_decoded(dataset, tokenizer, smol
     assert tokenizer.decode(given.prompt_token_ids).endswith("Who?<|im_end|>\n<|im_start|>assistant\n")
     errors = [json.loads(line) for line in (tmp_path / "out/errors.jsonl").read_text().splitlines()]
     assert {error["id"]: error["error"]["type"] for error in errors} == {"empty": "answer", "long": "prompt_length"}
+
+
+def test_nothing_but_bad_rows_is_no_unusable_input(capsys, tmp_path, smollm2):
+    (tmp_path / "rows.jsonl").write_text('{"id": "no words"}\n')
+    given = (str(tmp_path / "rows.jsonl"), "--model", str(smollm2), "--output", str(tmp_path / "out"))
+    assert run(capsys, "attribute", *given)[0] == 3
+    assert json.loads((tmp_path / "out/errors.jsonl").read_text())["id"] == "no words"
 
 
 @ray.remote

@@ -67,6 +67,7 @@ def attribute(
     from agd_vllm.pipeline.options import DecoderOptions
     from agd_vllm.pipeline.relevance import RelevanceSettings, attribute_run
     from agd_vllm.pipeline.run import RunSettings, run_dataset
+    from agd_vllm.summary import count_outputs
 
     end_as_interrupt()
     failed = 0
@@ -81,6 +82,8 @@ def attribute(
             **decoding,
         )
         failed = run_dataset(RunSettings(inputs, output, limit, given_answers=True), options)
+        if failed and not count_outputs(output)["decoded"]:
+            ctx.exit(ROWS_FAILED)
         run_directory = output
     failed += attribute_run(
         RelevanceSettings(
