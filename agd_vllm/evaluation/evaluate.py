@@ -62,6 +62,7 @@ def evaluate(
     scores = score(outcomes)
     perplexities, dtype = _perplexities(options, outcomes)
     greedy = next((strategy.name for strategy in strategies if strategy.options.strategy == "greedy"), None)
+    relevance = {strategy.name: strategy.options.strategy == "agd" for strategy in strategies}
     records = [
         record(
             name,
@@ -69,6 +70,7 @@ def evaluate(
             scores.rows[greedy] if greedy is not None and name != greedy else None,
             outcomes[name],
             {
+                "relevance": relevance[name],
                 "failed": failed[name],
                 "perplexity": perplexities[name],
                 "tokens_per_second": summaries[name]["tokens_per_second"],
@@ -78,7 +80,7 @@ def evaluate(
     ]
     output = OutputDirectory(settings.output)
     output.write(TABLE_JSON, json.dumps(records, indent=2, ensure_ascii=False).encode() + b"\n")
-    table = markdown(f"{settings.suite}, {options.model}", records, _notes(settings, scores, dtype))
+    table = markdown(f"{settings.suite}, {options.model}", records, _notes(settings, scores, dtype, records[0]))
     output.write(TABLE_MARKDOWN, table.encode())
     say(table)
     say(f"table: {settings.output.rstrip('/')}/{TABLE_MARKDOWN}")
@@ -144,7 +146,7 @@ def _perplexities(
     return {name: model.perplexity(of_strategy) for name, of_strategy in texts.items()}, model.dtype
 
 
-def _notes(settings: EvaluationSettings, scores: Scores, dtype: str) -> list[str]:
+def _notes(settings: EvaluationSettings, scores: Scores, dtype: str, first: Mapping[str, Any]) -> list[str]:
     notes = [
         "prompt accuracy: all rules of a row kept (strict); instruction accuracy: rules kept, of all rules",
         "differences in percentage points with a 95 % percentile interval of a paired bootstrap over rows, 10,000 "
@@ -158,7 +160,9 @@ def _notes(settings: EvaluationSettings, scores: Scores, dtype: str) -> list[str
         notes.append(f"{settings.distractors} passages of other rows stand among each row's own")
     if scores.left_out:
         missing = "; ".join(f"{rule} needs {data}" for rule, data in sorted(scores.left_out.items()))
-        notes.append(f"left out, because its data is not installed: {missing}")
+        bare = first["rows"] - first["scored_rows"]
+        left = f"; {bare} of the {first['rows']} rows have no other rule and are not scored" if bare else ""
+        notes.append(f"left out, because its data is not installed: {missing}{left}")
     if scores.tripped:
         failed = ", ".join(f"{rule} ({count})" for rule, count in sorted(scores.tripped.items()))
         notes.append(f"answers that a checker failed on, counted as not kept: {failed}")

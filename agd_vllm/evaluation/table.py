@@ -20,7 +20,7 @@ def record(
     """One object of table.json: accuracies, their differences to `greedy`, quality and speed.
 
     `rows` are the scored rows, `outcomes` all decoded ones, `run` what the caller measured (`failed`, `perplexity`,
-    `tokens_per_second`). Shares of nothing are null.
+    `tokens_per_second`) and whether its steps' scores are relevance (`relevance`). Shares of nothing are null.
     """
     rules = [rule for row in rows.values() for rule in row.rules]
     exact = [row.exact_match for row in rows.values() if row.exact_match is not None]
@@ -47,7 +47,7 @@ def record(
         "changed_share": sum(step.changed for step in steps) / sum(lengths) if lengths else None,
         "tokens_per_second": run["tokens_per_second"],
         "kinds": _kinds(rules),
-        "negative_greedy": _negative_greedy(rows, outcomes),
+        "negative_greedy": _negative_greedy(rows, outcomes) if run["relevance"] else NO_RELEVANCE,
     }
 
 
@@ -75,6 +75,9 @@ def _kinds(rules: Sequence[tuple[str, bool]]) -> dict[str, dict[str, Any]]:
     kinds = sorted({kind_of(id) for id, _ in rules}, key=lambda kind: (kind != "prohibition", kind))
     of_kind = {kind: [kept for id, kept in rules if kind_of(id) == kind] for kind in kinds}
     return {kind: {"rules": len(kept), "kept": _mean(kept)} for kind, kept in of_kind.items()}
+
+
+NO_RELEVANCE = {"prohibition": None, "other": None}
 
 
 def _negative_greedy(rows: Rows, outcomes: Mapping[str, Outcome]) -> dict[str, float | None]:

@@ -12,7 +12,7 @@ TWO_RULES = {
     "kwargs": [None, {"relation": "at least", "num_words": 3, "language": None}],
 }
 QUESTION = {"question": "who", "answers": ["Ada"]}
-RUN = {"failed": 0, "perplexity": 2.0, "tokens_per_second": 10.0}
+RUN = {"failed": 0, "perplexity": 2.0, "tokens_per_second": 10.0, "relevance": True}
 
 
 def outcome(id, text, metadata, tokens=(1, 2, 3, 4, 5), steps=()):
@@ -57,6 +57,8 @@ def test_records(outcomes):
     assert agd["guided_share"] == pytest.approx(4 / 23)
     assert agd["changed_share"] == pytest.approx(3 / 23)
     assert agd["negative_greedy"] == {"prohibition": 0.5, "other": 0}
+    control = record("random", scores.rows["agd"], scores.rows["greedy"], outcomes["agd"], {**RUN, "relevance": False})
+    assert control["negative_greedy"] == {"prohibition": None, "other": None}
     assert agd["kinds"] == {
         "prohibition": {"rules": 2, "kept": 0.5},
         "length_constraints": {"rules": 1, "kept": 1},
