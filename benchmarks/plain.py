@@ -20,12 +20,14 @@ Job = list[tuple[list[int], dict[str, Any]]]
 
 
 class PlainVLLM:
-    """Greedy decoding by vLLM alone. `cores` (CPU only): those that its threads run on, None leaves it to vLLM."""
+    """Greedy decoding by vLLM alone. `cores` (CPU only): those that its threads run on, None leaves it to vLLM.
+    `own_process`: whether its engine has a process of its own, as by default, or is stepped by the caller's.
+    """
 
-    def __init__(self, model: str, cores: list[int] | None = None, **engine_args: Any):
+    def __init__(self, model: str, cores: list[int] | None = None, own_process: bool = True, **engine_args: Any):
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, model, cores, engine_args))
+        self._process = context.Process(target=_serve, args=(theirs, model, cores, own_process, engine_args))
         self._process.start()
         self.pid = self._process.pid
         if self._connection.recv() != "ready":
@@ -52,7 +54,10 @@ class PlainVLLM:
                 process.kill()
 
 
-def _serve(connection: Connection, model: str, cores: list[int] | None, engine_args: dict[str, Any]) -> None:
+def _serve(
+    connection: Connection, model: str, cores: list[int] | None, own_process: bool, engine_args: dict[str, Any]
+) -> None:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(own_process))
     if cores is not None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
     from vllm import LLM, SamplingParams
