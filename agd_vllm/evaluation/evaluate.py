@@ -60,6 +60,7 @@ def evaluate(
     outcomes = {strategy.name: read_outcomes(run.output, ids) for strategy, run in zip(strategies, runs, strict=True)}
     summaries = {strategy.name: read_summary(run.output) for strategy, run in zip(strategies, runs, strict=True)}
     scores = score(outcomes)
+    say("── perplexity of the answers")
     perplexities, dtype = _perplexities(options, outcomes)
     greedy = next((strategy.name for strategy in strategies if strategy.options.strategy == "greedy"), None)
     relevance = {strategy.name: strategy.options.strategy == "agd" for strategy in strategies}
@@ -143,7 +144,7 @@ def _perplexities(
         name: [(outcome.prompt_token_ids, outcome.token_ids) for outcome in rows.values()]
         for name, rows in outcomes.items()
     }
-    return {name: model.perplexity(of_strategy) for name, of_strategy in texts.items()}, model.dtype
+    return model.perplexities(texts), model.dtype
 
 
 def _notes(settings: EvaluationSettings, scores: Scores, dtype: str, first: Mapping[str, Any]) -> list[str]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 NGRAM = 4
 MAX_BATCH_TOKENS = 2048
-"""Padded tokens of one forward pass; their logits over a vocabulary of 49,152 take 400 MB in float32."""
+"""Padded tokens of the answers in one forward pass; their logits over a vocabulary of 49,152 take 400 MB in float32."""
+
+Text = tuple[Sequence[int], Sequence[int]]
 
 
 def repetition_rate(token_ids: Sequence[int]) -> float:
@@ -32,40 +36,58 @@ class PerplexityModel:
     def dtype(self) -> str:
         return str(self._model.dtype).removeprefix("torch.")
 
-    def perplexity(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float | None:
-        """exp of the mean negative log probability (nats) of all generated tokens, given what stands before them.
+    @torch.inference_mode()
+    def perplexities(self, texts: Mapping[str, Sequence[Text]]) -> dict[str, float | None]:
+        """By name: exp of the mean negative log probability (nats) of all generated tokens, given what stands before.
 
         `texts`: (prompt token ids, generated token ids). Every token counts once, the one that ends a text too; the
-        softmax is taken in float32. None where nothing was generated.
+        softmax is taken in float32. None where nothing was generated. A prompt is computed once for all its answers.
         """
-        loss, tokens = 0.0, sum(len(generated) for _, generated in texts)
-        for batch in _batches(texts):
-            loss += self._loss(batch)
-        return math.exp(loss / tokens) if tokens else None
+        answers: defaultdict[tuple[int, ...], list[tuple[str, Sequence[int]]]] = defaultdict(list)
+        for name, of_name in texts.items():
+            for prompt, generated in of_name:
+                if generated:
+                    answers[tuple(prompt)].append((name, generated))
+        loss, tokens = dict.fromkeys(texts, 0.0), dict.fromkeys(texts, 0)
+        for prompt, of_prompt in answers.items():
+            prefix = self._prefix(prompt[:-1])
+            for batch in _batches(of_prompt):
+                for (name, generated), nll in zip(batch, self._losses(prefix, prompt[-1], batch), strict=True):
+                    loss[name] += nll
+                    tokens[name] += len(generated)
+        return {name: math.exp(loss[name] / tokens[name]) if tokens[name] else None for name in texts}
 
-    def _loss(self, batch: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float:
-        lengths = [len(prompt) + len(generated) for prompt, generated in batch]
-        ids = torch.zeros(len(batch), max(lengths), dtype=torch.long)
-        targets = torch.full_like(ids, -100)
-        for row, (prompt, generated) in enumerate(batch):
-            ids[row, : lengths[row]] = torch.tensor([*prompt, *generated])
-            targets[row, len(prompt) : lengths[row]] = torch.tensor(generated)
+    def _prefix(self, token_ids: Sequence[int]) -> DynamicCache:
+        cache = DynamicCache(config=self._model.config)
+        if token_ids:
+            ids = torch.tensor([token_ids], device=self._model.device)
+            self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache
+
+    def _losses(self, prefix: DynamicCache, last: int, answers: Sequence[tuple[str, Sequence[int]]]) -> list[float]:
+        """The negative log probability of each answer after the prefix and the prompt's last token."""
+        longest = max(len(generated) for _, generated in answers)
+        ids = torch.full((len(answers), longest), last)
+        targets = torch.full((len(answers), longest), -100)
+        for row, (_, generated) in enumerate(answers):
+            targets[row, : len(generated)] = torch.tensor(generated)
+            ids[row, 1 : len(generated)] = torch.tensor(generated[:-1])
+        cache = copy.deepcopy(prefix)
+        if cache.get_seq_length():
+            cache.batch_repeat_interleave(len(answers))
         # Padding follows the text, and no token attends to what follows it: no mask is needed.
-        first = min(len(prompt) for prompt, _ in batch) - 1
-        kept = torch.arange(first, ids.shape[1] - 1, device=self._model.device)
-        logits = self._model(ids.to(self._model.device), logits_to_keep=kept, use_cache=False).logits.float()
-        targets = targets[:, first + 1 :].to(self._model.device)
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        logits = self._model(ids.to(self._model.device), past_key_values=cache, use_cache=True).logits.float()
+        targets = targets.to(self._model.device)
+        return torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none").sum(1).tolist()
 
 
-def _batches(texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[list]:
-    """Texts of similar length together, at most MAX_BATCH_TOKENS with their padding (or one text)."""
-    batch: list = []
-    for text in sorted((text for text in texts if text[1]), key=lambda text: -len(text[0]) - len(text[1])):
-        longest = sum(map(len, batch[0] if batch else text))
-        if batch and (len(batch) + 1) * longest > MAX_BATCH_TOKENS:
+def _batches(answers: Sequence[tuple[str, Sequence[int]]]) -> Iterator[list[tuple[str, Sequence[int]]]]:
+    """Answers of similar length together, at most MAX_BATCH_TOKENS with their padding (or one answer)."""
+    batch: list[tuple[str, Sequence[int]]] = []
+    for answer in sorted(answers, key=lambda answer: -len(answer[1])):
+        if batch and (len(batch) + 1) * len(batch[0][1]) > MAX_BATCH_TOKENS:
             yield batch
             batch = []
-        batch.append(text)
+        batch.append(answer)
     if batch:
         yield batch

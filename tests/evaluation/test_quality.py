@@ -1,4 +1,4 @@
-"""Perplexity against an unbatched computation, repetition on texts whose rate is known."""
+"""Perplexity against a computation text by text, repetition on texts whose rate is known."""
 
 import math
 import random
@@ -29,6 +29,14 @@ def tiny_llama(tmp_path_factory):
     return folder, model
 
 
+def one_by_one(model, texts):
+    losses = []
+    for prompt, generated in texts:
+        logits = model(torch.tensor([prompt + generated])).logits[0].log_softmax(-1)
+        losses += [-logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(generated)]
+    return math.exp(sum(losses) / len(losses))
+
+
 def test_perplexity_counts_every_generated_token_once(tiny_llama, monkeypatch):
     folder, model = tiny_llama
     rng = random.Random(0)
@@ -36,17 +44,15 @@ def test_perplexity_counts_every_generated_token_once(tiny_llama, monkeypatch):
         ([rng.randrange(50) for _ in range(prompt)], [rng.randrange(50) for _ in range(generated)])
         for prompt, generated in ((1, 9), (7, 1), (12, 30), (3, 0), (20, 5), (4, 17))
     ]
-    losses = []
-    for prompt, generated in texts:
-        logits = model(torch.tensor([prompt + generated])).logits[0].log_softmax(-1)
-        losses += [-logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(generated)]
-    expected = math.exp(sum(losses) / len(losses))
+    others = [(prompt, [rng.randrange(50) for _ in range(rng.randrange(25))]) for prompt, _ in texts]
+    expected = {"ours": one_by_one(model, texts), "others": one_by_one(model, others)}
     loaded = PerplexityModel(str(folder), dtype="float32")
     assert loaded.dtype == "float32"
     for tokens in (1, 48, 2048):
         monkeypatch.setattr(quality, "MAX_BATCH_TOKENS", tokens)
-        assert loaded.perplexity(texts) == pytest.approx(expected, rel=1e-4)
-    assert loaded.perplexity([([1], [])]) is None
+        found = loaded.perplexities({"ours": texts, "others": others, "nothing": [([1], [])]})
+        assert found.pop("nothing") is None
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(
