@@ -78,7 +78,8 @@ class PerplexityModel:
         # Padding follows the text, and no token attends to what follows it: no mask is needed.
         logits = self._model(ids.to(self._model.device), past_key_values=cache, use_cache=True).logits.float()
         targets = targets.to(self._model.device)
-        return torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none").sum(1).tolist()
+        nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return nll.view(targets.shape).sum(1).tolist()
 
 
 def _batches(answers: Sequence[tuple[str, Sequence[int]]]) -> Iterator[list[tuple[str, Sequence[int]]]]:
