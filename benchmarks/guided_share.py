@@ -47,6 +47,7 @@ def plot(points: list[dict], path: Path) -> None:
         tau = "inf" if point["tau"] is None else f"{point['tau']:g}"
         place = (100 * point["guided_share"], point["tokens_per_second"]["agd"])
         axes.annotate(f"tau {tau}", place, textcoords="offset points", xytext=(4, 7), fontsize=8)
+    axes.margins(x=0.1)  # room for the words at the last point
     axes.set(yscale="log", xlabel="guided steps, % of all tokens", ylabel="tokens/s")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False, loc="center right")
