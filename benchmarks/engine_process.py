@@ -8,16 +8,14 @@ warm-up. The difference is what the way between processes costs vLLM, and so wha
 
 from __future__ import annotations
 
-import json
 import os
-import statistics
 
 import click
 
 from agd_vllm import Decoder
 from agd_vllm.reader import read_rows
 from agd_vllm.records import InputRow
-from benchmarks.machine import describe
+from benchmarks.comparison import write_comparison
 from benchmarks.plain import PlainVLLM
 
 MAX_MODEL_LEN = 2048
@@ -44,29 +42,17 @@ def main(model, input_path, limit, max_tokens, dtype, runs, output):
         "kv_cache_memory_bytes": CACHE_BYTES,
         "enable_prefix_caching": False,
     }
-    speeds = {"own_process": [], "in_process": []}
+    speeds: dict[str, list[float]] = {"in_process": [], "own_process": []}
     with (
-        PlainVLLM(model, own_process=True, **args) as own,
         PlainVLLM(model, own_process=False, **args) as within,
+        PlainVLLM(model, own_process=True, **args) as own,
     ):
         for turn in range(runs + 1):
-            for engine, known in zip((own, within), speeds.values(), strict=True):
+            for engine, known in zip((within, own), speeds.values(), strict=True):
                 tokens, seconds = engine.generate(job)
                 if turn:
                     known.append(tokens / seconds)
-    medians = {name: statistics.median(known) for name, known in speeds.items()}
-    result = {
-        "tokens_per_second": medians,
-        "in_process_over_own": medians["in_process"] / medians["own_process"],
-        "runs": speeds,
-        "rows": len(job),
-        "max_tokens": max_tokens,
-        "dtype": dtype,
-        **describe(),
-    }
-    with open(output, "w") as file:
-        json.dump(result, file, indent=2)
-    click.echo(json.dumps({key: result[key] for key in ("tokens_per_second", "in_process_over_own")}, indent=2))
+    write_comparison(output, "in_process_over_own", speeds, rows=len(job), max_tokens=max_tokens, dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,12 @@
 
     python -m benchmarks.gate_overhead --model M --input X --json OUT.json
 
-Both engines are loaded side by side, with the same settings on one core each, and take turns, so that a change in the
+Both engines are loaded side by side, with the same settings, and take turns on all cores, so that a change in the
 machine's speed meets both.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
 import time
 
 import click
@@ -17,7 +15,7 @@ import click
 from agd_vllm import Decoder
 from agd_vllm.reader import read_rows
 from agd_vllm.records import DecodedRow
-from benchmarks.machine import describe
+from benchmarks.comparison import write_comparison
 from benchmarks.plain import PlainVLLM
 
 
@@ -34,7 +32,7 @@ def main(model, input_path, limit, max_tokens, rounds, dtype, eager, output):
     """Median tokens/s of both paths over `rounds` turns after a warm-up, and their ratio."""
     shared = {"enforce_eager": eager, "kv_cache_memory_bytes": 1 << 30}
     rows = list(read_rows([input_path]))[:limit]
-    rates: dict[str, list[float]] = {"plain": [], "gated": []}
+    rates: dict[str, list[float]] = {"gated": [], "plain": []}
     options = {"dtype": dtype, "max_model_len": 2048}
     with (
         PlainVLLM(model, **options, **shared) as plain,
@@ -50,20 +48,7 @@ def main(model, input_path, limit, max_tokens, rounds, dtype, eager, output):
             if turn:  # the first turn warms both up
                 rates["gated"].append(sum(len(row.token_ids) for row in decoded) / seconds)
                 rates["plain"].append(tokens / plain_seconds)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    result = {
-        "tokens_per_second": medians,
-        "gated_over_plain": medians["gated"] / medians["plain"],
-        "runs": rates,
-        "rows": len(rows),
-        "max_tokens": max_tokens,
-        "dtype": dtype,
-        "eager": eager,
-        **describe(),
-    }
-    with open(output, "w") as file:
-        json.dump(result, file, indent=2)
-    click.echo(json.dumps({key: result[key] for key in ("tokens_per_second", "gated_over_plain")}, indent=2))
+    write_comparison(output, "gated_over_plain", rates, rows=len(rows), max_tokens=max_tokens, dtype=dtype, eager=eager)
 
 
 if __name__ == "__main__":

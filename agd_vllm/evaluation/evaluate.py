@@ -63,21 +63,20 @@ def evaluate(
     say("── perplexity of the answers")
     perplexities, dtype = _perplexities(options, outcomes)
     greedy = next((strategy.name for strategy in strategies if strategy.options.strategy == "greedy"), None)
-    relevance = {strategy.name: strategy.options.strategy == "agd" for strategy in strategies}
     records = [
         record(
-            name,
-            scores.rows[name],
-            scores.rows[greedy] if greedy is not None and name != greedy else None,
-            outcomes[name],
+            strategy.name,
+            scores.rows[strategy.name],
+            scores.rows[greedy] if greedy is not None and strategy.name != greedy else None,
+            outcomes[strategy.name],
             {
-                "relevance": relevance[name],
-                "failed": failed[name],
-                "perplexity": perplexities[name],
-                "tokens_per_second": summaries[name]["tokens_per_second"],
+                "relevance": strategy.options.strategy == "agd",
+                "failed": failed[strategy.name],
+                "perplexity": perplexities[strategy.name],
+                "tokens_per_second": summaries[strategy.name]["tokens_per_second"],
             },
         )
-        for name in outcomes
+        for strategy in strategies
     ]
     output = OutputDirectory(settings.output)
     output.write(TABLE_JSON, json.dumps(records, indent=2, ensure_ascii=False).encode() + b"\n")
