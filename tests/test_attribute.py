@@ -211,6 +211,7 @@ def test_given_answers_are_taken_and_the_others_decoded(dataset, tokenizer, smol
     assert tokenizer.decode(given.prompt_token_ids).endswith("Who?<|im_end|>\n<|im_start|>assistant\n")
     errors = [json.loads(line) for line in (tmp_path / "out/errors.jsonl").read_text().splitlines()]
     assert {error["id"]: error["error"]["type"] for error in errors} == {"empty": "answer", "long": "prompt_length"}
+    assert {error["file"] for error in errors} == {str(source)}
 
 
 def test_nothing_but_bad_rows_is_no_unusable_input(capsys, tmp_path, smollm2):

@@ -251,6 +251,7 @@ def test_bad_rows_are_reported_and_the_rest_is_decoded(smollm2, tmp_path):
         for line, (kind, text) in enumerate(BAD.items(), start=3):
             error = by_line[line]
             assert error["error"]["message"].strip(), kind
+            assert error["file"] == str(tmp_path / "rows.jsonl")
             assert "\n" not in error["error"]["message"]
             assert error["input"] == (json.loads(text) if kind != "malformed" else text)
         summary = json.loads((tmp_path / "out/summary.json").read_text())

@@ -80,7 +80,7 @@ def evaluate(
     ]
     output = OutputDirectory(settings.output)
     output.write(TABLE_JSON, json.dumps(records, indent=2, ensure_ascii=False).encode() + b"\n")
-    table = markdown(f"{settings.suite}, {options.model}", records, _notes(settings, scores, dtype, records[0]))
+    table = markdown(f"{settings.suite}, {options.model}", records, notes(settings, scores, dtype, records[0]))
     output.write(TABLE_MARKDOWN, table.encode())
     say(table)
     say(f"table: {settings.output.rstrip('/')}/{TABLE_MARKDOWN}")
@@ -146,8 +146,9 @@ def _perplexities(
     return model.perplexities(texts), model.dtype
 
 
-def _notes(settings: EvaluationSettings, scores: Scores, dtype: str, first: Mapping[str, Any]) -> list[str]:
-    notes = [
+def notes(settings: EvaluationSettings, scores: Scores, dtype: str, first: Mapping[str, Any]) -> list[str]:
+    """What must be known to read the table; `first` is any of its records, as all have the same rows."""
+    said = [
         "prompt accuracy: all rules of a row kept (strict); instruction accuracy: rules kept, of all rules",
         "differences in percentage points with a 95 % percentile interval of a paired bootstrap over rows, 10,000 "
         "resamples",
@@ -155,15 +156,15 @@ def _notes(settings: EvaluationSettings, scores: Scores, dtype: str, first: Mapp
         "4-grams that occurred before in the same answer; composite: prompt accuracy x (1 - repetition)",
     ]
     if settings.suite in ("nq", "jsonl"):
-        notes.append("questions: an answer contained in the text counts; exact match is beside it; both normalised")
+        said.append("questions: an answer contained in the text counts; exact match is beside it; both normalised")
     if settings.distractors:
-        notes.append(f"{settings.distractors} passages of other rows stand among each row's own")
+        said.append(f"{settings.distractors} passages of other rows stand among each row's own")
     if scores.left_out:
         missing = "; ".join(f"{rule} needs {data}" for rule, data in sorted(scores.left_out.items()))
         bare = first["rows"] - first["scored_rows"]
         left = f"; {bare} of the {first['rows']} rows have no other rule and are not scored" if bare else ""
-        notes.append(f"left out, because its data is not installed: {missing}{left}")
+        said.append(f"left out, because its data is not installed: {missing}{left}")
     if scores.tripped:
         failed = ", ".join(f"{rule} ({count})" for rule, count in sorted(scores.tripped.items()))
-        notes.append(f"answers that a checker failed on, counted as not kept: {failed}")
-    return notes
+        said.append(f"answers that a checker failed on, counted as not kept: {failed}")
+    return said

@@ -2,6 +2,7 @@
 
 import pytest
 
+from agd_vllm.evaluation.evaluate import EvaluationSettings, notes
 from agd_vllm.evaluation.outcomes import Outcome, Step
 from agd_vllm.evaluation.scoring import check_metadata, score
 from agd_vllm.evaluation.table import markdown, record
@@ -97,6 +98,9 @@ def test_a_rule_without_its_data_is_left_out_of_every_strategy(outcomes, monkeyp
             "b": ["length_constraints:number_words"],
             "c": ["qa:contains_answer"],
         }
+    agd = record("agd", scores.rows["agd"], None, outcomes["agd"], RUN)
+    said = notes(EvaluationSettings("ifeval", None, "out"), scores, "float32", agd)
+    assert any("NLTK's commas; 1 of the 3 rows have no other rule and are not scored" in line for line in said)
 
 
 def test_a_checker_that_trips_counts_against_the_answer(outcomes, monkeypatch):
