@@ -4,8 +4,9 @@
 
 `ratio` is seconds over `bound_seconds`. Bounds: `gate`, one read of the logits at the card's copy bandwidth; `dual
 attention prefill`, scaled_dot_product_attention forward on the values alone; `dual attention decode`, one read of K, V,
-K', V' at that bandwidth. `gate twin` is the PyTorch twin of the gate. Without a GPU the kernels are interpreted on
-small shapes (run it with TRITON_INTERPRET=1), which shows that they run and no more.
+K', V' at that bandwidth; `rms norm`, `rope` and `gated product` (a value with one tangent), one read and one write of
+their streams at it. `... twin` is the twin in PyTorch. Without a GPU the kernels are interpreted on small shapes (run
+it with TRITON_INTERPRET=1), which shows that they run and no more.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import click
 import torch
 import torch.nn.functional as F
 
-from agd_vllm.kernels import gate_triton, triton_support
+from agd_vllm.attribution import rules
+from agd_vllm.attribution.rules import ACTIVATIONS, RULES
+from agd_vllm.kernels import gate_triton, streams_triton, triton_support
 from agd_vllm.kernels.dual_attention import DualAttention
 from agd_vllm.kernels.gate import gate_twin
 from benchmarks.machine import describe
@@ -30,7 +33,10 @@ GATE_SHAPES = [(256, 128256), (64, 128256), (8, 128256), (256, 151936), (256, 49
 PREFILL_TOKENS = [1024, 4096]
 DECODES = [(64, 4096), (16, 4096), (1, 4096), (64, 512)]
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-SMALL = {"gate": [(2, 5000)], "prefill": [40], "decode": [(2, 60)], "heads": (4, 2, 64)}
+TOKENS = [1, 64, 512]
+HIDDEN, INTERMEDIATE = 4096, 14336
+SMALL = {"gate": [(2, 5000)], "prefill": [40], "decode": [(2, 60)], "heads": (4, 2, 64), "tokens": [3]}
+SMALL |= {"hidden": (256, 700)}
 COPY_BYTES = 1 << 30
 TOP_K = 5
 
@@ -113,6 +119,46 @@ def decode_points(device: torch.device, shapes: list, shape: tuple[int, int, int
         yield _point("dual attention decode", described, "bfloat16", seconds_of(step), size / bandwidth)
 
 
+def stream_points(
+    device: torch.device, tokens: list[int], hidden: tuple[int, int], heads: tuple[int, int, int], bandwidth: float
+) -> Iterator[dict]:
+    """What lies between the linear layers, as the tangent pass calls it for so many tokens."""
+    (dim, intermediate), (num_heads, _, head_dim) = hidden, heads
+    rule, activation = RULES["attnlrp"], ACTIVATIONS["silu"]
+    for count in tokens:
+        streams, gain = torch.randn(2, count, dim, device=device), torch.ones(dim, device=device)
+        added = torch.randn_like(streams).bfloat16()
+        queries = torch.randn(2, count, num_heads, head_dim, device=device).bfloat16()
+        cos, sin = (torch.randn(count, 1, head_dim, device=device) for _ in range(2))
+        gate, up = (torch.randn(2, count, intermediate, device=device).bfloat16() for _ in range(2))
+        # Streams, kernel, twin, and the bytes read and written for each element.
+        cases = {
+            "rms norm": (
+                streams,
+                lambda s=streams, a=added, g=gain: streams_triton.rms_norm(s, a, g, 1e-5, False, torch.bfloat16),
+                lambda s=streams, a=added, g=gain: rules.rms_norm(s.add_(a), g, 1e-5, rule).bfloat16(),
+                4 + 4 + 2 + 2,
+            ),
+            "rope": (
+                queries,
+                lambda q=queries, c=cos, s=sin: streams_triton.rope(q, c, s, 0.125),
+                lambda q=queries, c=cos, s=sin: rules.rope(q.float(), c, s) * 0.125,
+                2 + 4,
+            ),
+            "gated product": (
+                gate,
+                lambda g=gate, u=up: streams_triton.gated(g, u, "silu", "attnlrp"),
+                lambda g=gate, u=up: rules.gated(g.float(), u.float(), activation, rule).bfloat16(),
+                2 + 2 + 2,
+            ),
+        }
+        for name, (elements, kernel, twin, element_bytes) in cases.items():
+            bound = elements.numel() * element_bytes / bandwidth
+            shape = {"streams": 2, "tokens": count, "elements": elements[0, 0].numel()}
+            for called, run in ((name, kernel), (f"{name} twin", twin)):
+                yield _point(called, shape, "bfloat16", seconds_of(run), bound)
+
+
 def _point(kernel: str, shape: dict, dtype: str, seconds: float, bound: float) -> dict:
     point = {
         "kernel": kernel,
@@ -136,10 +182,12 @@ def main(output):
     torch.manual_seed(0)
     bandwidth = copy_bandwidth(device)
     heads = (HEADS, KV_HEADS, HEAD_DIM) if on_gpu else SMALL["heads"]
+    hidden = (HIDDEN, INTERMEDIATE) if on_gpu else SMALL["hidden"]
     points = [
         *gate_points(device, GATE_SHAPES if on_gpu else SMALL["gate"], bandwidth),
         *prefill_points(device, PREFILL_TOKENS if on_gpu else SMALL["prefill"], heads),
         *decode_points(device, DECODES if on_gpu else SMALL["decode"], heads, bandwidth),
+        *stream_points(device, TOKENS if on_gpu else SMALL["tokens"], hidden, heads, bandwidth),
     ]
     result = {
         "device": torch.cuda.get_device_name() if on_gpu else "interpreter (CPU): no claim about time",

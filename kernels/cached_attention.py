@@ -58,14 +58,14 @@ class CachedAttention:
     def __call__(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None
     ) -> torch.Tensor:
-        """One layer: adds the new keys and values, float32, to the caches and attends.
+        """One layer: adds the new keys (float32) and values (of any dtype) to the caches and attends.
 
         queries [key streams, rows, H, D] (scaled by 1 / sqrt(d)), keys [key streams, rows, K, D], values
-        [S, rows, K, D]; `window`: a query sees that many positions, its own included. Returns [S, rows, H, D].
+        [S, rows, K, D]; `window`: a query sees that many positions, its own included. Returns float32 [S, rows, H, D].
         """
         shape = self._shape
         shape.heads, shape.window = queries.shape[2], window or 0
-        queries, keys, values = queries.contiguous(), keys.contiguous(), values.contiguous()
+        queries, keys, values = queries.contiguous(), keys.contiguous(), values.float().contiguous()
         out = queries.new_empty(shape.streams, *queries.shape[1:])
         status = self._attend(
             self._sequences.data_ptr(),

@@ -105,10 +105,10 @@ class DualAttention:
     def __call__(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None
     ) -> torch.Tensor:
-        """One layer: adds the new keys and values, float32, to the caches and attends.
+        """One layer: adds the new keys (float32) and values (of any dtype) to the caches and attends.
 
         queries [key streams, rows, H, D] (scaled by 1 / sqrt(d)), keys [key streams, rows, K, D], values
-        [S, rows, K, D]; `window`: a query sees that many positions, its own included. Returns [S, rows, H, D].
+        [S, rows, K, D]; `window`: a query sees that many positions, its own included. Returns float32 [S, rows, H, D].
         """
         queries, keys, values = queries.contiguous(), keys.contiguous(), values.contiguous()
         if self._launches is None:

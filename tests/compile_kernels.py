@@ -15,28 +15,29 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from agd_vllm.kernels import dual_attention, dual_attention_triton, gate_triton
+from agd_vllm.kernels import dual_attention, dual_attention_triton, gate_triton, streams_triton
 
 # Compute capability and the shared memory that a block may have: A100, H100.
 GPUS = {80: 163 << 10, 90: 227 << 10}
 ALIGNED = [["tt.divisibility", 16]]
-NUMBERS = ("ratio", "value_factor", "largest")
+NUMBERS = ("ratio", "value_factor", "largest", "eps", "scale")
+MULTIPLES_OF_16 = ("stride", "vocab", "dim", "num_heads")
 TABLES = {"sequences": "i64", "tiles": "i64", "tokens": "i64", "rows": "i64", "pause": "i64", "opens": "i1"}
-COUNTS = {"candidate_ids": "i32", "candidate_counts": "i32", "logits": "bf16"}
+COUNTS = {"candidate_ids": "i32", "candidate_counts": "i32"}
 
 
-def build(function, gpu: int, pointers: tuple[str, ...], constants: dict, **options) -> None:
-    """`pointers`: the arguments that are tensors; the others are numbers, as in a call."""
+def build(function, gpu: int, pointers: tuple[str, ...], constants: dict, half: tuple[str, ...] = (), **options):
+    """`pointers`: the arguments that are tensors, of them bfloat16 `half`; the others are numbers, as in a call."""
     signature, aligned = {}, {}
     for index, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name in pointers:
-            signature[name] = "*" + (TABLES | COUNTS).get(name, "fp32")
+            signature[name] = "*" + ("bf16" if name in half else (TABLES | COUNTS).get(name, "fp32"))
             aligned[(index,)] = ALIGNED
         else:
             signature[name] = "fp32" if name in NUMBERS else "i32"
-            if name in ("stride", "vocab"):
+            if name in MULTIPLES_OF_16:
                 aligned[(index,)] = ALIGNED
     source = ASTSource(function, signature=signature, constexprs=constants, attrs=aligned)
     kernel = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options=options)
@@ -69,6 +70,7 @@ def gate(gpu: int) -> None:
         gpu,
         tensors,
         {"TILE": gate_triton.TILE, "TILES": gate_triton.TILES},
+        ("logits",),
         num_warps=gate_triton.MEASURE_WARPS,
     )
     outputs = ("entropies", "log_sum_exps", "opens", "candidate_ids", "candidate_probs", "candidate_counts")
@@ -77,6 +79,7 @@ def gate(gpu: int) -> None:
         gpu,
         (*tensors, "tau", "min_prob", *outputs),
         {"TILE": gate_triton.TILE, "ALL_TILES": 256, "CHUNKS": 16, "TOP_K": 64},
+        ("logits",),
         num_warps=gate_triton.DECIDE_WARPS,
     )
 
@@ -107,6 +110,34 @@ def attention(gpu: int, head_dim: int) -> None:
         )
 
 
+def between_linear_layers(gpu: int, dim: int, heads: int, head_dim: int) -> None:
+    build(
+        streams_triton._rms_norm,
+        gpu,
+        ("streams", "added", "gain", "out"),
+        {"ADDED": True, "THROUGH_NORM": False, "BLOCK": dim},
+        ("added", "out"),
+        num_warps=streams_triton._warps(dim),
+    )
+    build(
+        streams_triton._rope,
+        gpu,
+        ("heads", "cosines", "signed_sines", "out"),
+        {"BLOCK_H": heads, "BLOCK_D": head_dim},
+        ("heads",),
+        num_warps=streams_triton._warps(heads * head_dim),
+    )
+    tensors = ("gates", "ups", "out")
+    build(
+        streams_triton._gated,
+        gpu,
+        tensors,
+        {"SILU": True, "RULE": 0, "BLOCK": streams_triton.GATED_BLOCK},
+        tensors,
+        num_warps=streams_triton.GATED_WARPS,
+    )
+
+
 def kind(head_dim: int) -> dict:
     return {"TYPE": tl.bfloat16, "D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
 
@@ -115,5 +146,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     gate(90)
     append(90, 128)
+    between_linear_layers(90, 4096, 32, 128)
     for gpu in GPUS:
         attention(gpu, 128)

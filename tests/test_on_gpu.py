@@ -1,13 +1,14 @@
 """What only an NVIDIA GPU shows: the kernels as compiled code, and V2's reports from its streams."""
 
 import pytest
+import stream_checks as checks
 import torch
 from cached_batch import batch, copies, same_caches
 
-from agd_vllm.attribution.rules import RULES
+from agd_vllm.attribution.rules import ACTIVATIONS, RULES
 from agd_vllm.attribution.sequence_attention import SequenceAttention
 from agd_vllm.engine.gate_reports import CopyFromGPU
-from agd_vllm.kernels import dual_attention, triton_support
+from agd_vllm.kernels import dual_attention, streams_triton, triton_support
 from agd_vllm.kernels.gate import gate, gate_twin
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -56,6 +57,17 @@ def test_attention_equals_its_twin(rule, window, head_dim):
     theirs = SequenceAttention(twins, RULES[rule])(1, queries, keys, values, window)
     torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=2**-6 * float(theirs.abs().max()))
     assert same_caches(segments, twins)
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "dim"), [(1, 4096), (130, 576), (7, 14336)])
+def test_what_lies_between_linear_layers_equals_its_twins(rows, dim, dtype, rule):
+    size = {"num_streams": 3, "rows": rows, "dtype": dtype, "seed": dim, "device": CUDA}
+    checks.check_rms_norm(streams_triton, **size, dim=dim, rule=rule, adds=True)
+    checks.check_rope(streams_triton, **size, dim=128, heads=dim // 128, scale=0.125)
+    for activation in ACTIVATIONS:
+        checks.check_gated(streams_triton, **size, dim=dim, rule=rule, activation=activation)
 
 
 def test_a_decision_is_copied_behind_the_models_back():

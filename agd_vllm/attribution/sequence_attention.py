@@ -46,7 +46,7 @@ class SequenceAttention:
     def __call__(
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None
     ) -> torch.Tensor:
-        """One layer: adds the new keys and values, float32, to the caches and attends in the dtype of these.
+        """One layer: adds the new keys (float32) and values (of any dtype) to the caches, in whose dtype it attends.
 
         queries [key streams, N, H, D] (scaled by 1 / sqrt(d)), keys [key streams, N, K, D], values [S, N, K, D];
         `window`: a query sees that many positions, its own included. Returns [S, N, H, D].

@@ -104,8 +104,8 @@ class TangentPass:
         # CP-LRP holds attention weights constant: queries and keys need no tangent.
         scored = normed if self.key_tangents else normed[:1]
         queries = self._heads(scored, layer.q, layer.q_norm, table, layer.scaling)
-        keys = self._heads(scored, layer.k, layer.k_norm, table, 1)
-        values = self.ops.linear(normed, layer.v).unflatten(-1, (hf.num_kv_heads, hf.head_dim)).float()
+        keys = self._heads(scored, layer.k, layer.k_norm, table, 1.0)
+        values = self.ops.linear(normed, layer.v).unflatten(-1, (hf.num_kv_heads, hf.head_dim))
         out = attend(index, queries, keys, values, layer.window)
         offset = 0
         for sequence, count in segments:

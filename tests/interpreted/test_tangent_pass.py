@@ -1,4 +1,4 @@
-"""The whole tangent pass with Triton's attention in the place of a CPU's: prefill in chunks, then cached steps."""
+"""The whole tangent pass by Triton's kernels in the place of a CPU's: prefill in chunks, then cached steps."""
 
 import sys
 from pathlib import Path
@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from agd_vllm.attribution import forward
+from agd_vllm.attribution import forward, tangent_pass
 from agd_vllm.attribution.forward import ForwardScorer
+from agd_vllm.attribution.operations import FusedOperations
+from agd_vllm.kernels import streams_triton
 from agd_vllm.kernels.dual_attention import DualAttention
 from agd_vllm.records import Roi, ScoreRequest, Span
 
@@ -19,7 +21,9 @@ import tiny
 def test_scores_are_those_of_the_other_kernels(tmp_path, monkeypatch, name, rule):
     model = str(tiny.save(name, tmp_path))
     monkeypatch.setattr(forward, "PASS_TOKENS", 16)
-    scorer, expected = ForwardScorer(model, rule=rule), ForwardScorer(model, rule=rule)
+    expected = ForwardScorer(model, rule=rule)
+    monkeypatch.setattr(tangent_pass, "operations", lambda _hf, *model: FusedOperations(*model, streams_triton))
+    scorer = ForwardScorer(model, rule=rule)
     scorer.tangents._kernel = DualAttention
     torch.manual_seed(0)
     rows = torch.randint(3, tiny.VOCABULARY, (2, 22)).tolist()
