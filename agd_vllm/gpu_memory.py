@@ -10,6 +10,8 @@ GIB = 1 << 30
 PROCESS_BYTES = GIB // 2
 # Streams of a guided step: values and one tangent.
 STREAMS = 2
+# A worker's tangent cache is what its share leaves, less what buffers that come and go cannot use; at least so much.
+CACHE_PART, LEAST_CACHE_BYTES = 0.9, GIB
 
 
 def weight_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
@@ -19,14 +21,13 @@ def weight_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
-def worker_needs(config: PretrainedConfig, dtype: torch.dtype, cache_bytes: int, pass_tokens: int) -> dict[str, int]:
-    """Bytes of an attribution worker: `cache_bytes` of tangent cache, activations of `pass_tokens` at a time."""
+def worker_needs(config: PretrainedConfig, dtype: torch.dtype, pass_tokens: int) -> dict[str, int]:
+    """Bytes of an attribution worker beside its tangent cache: activations of `pass_tokens` at a time."""
     text = config.get_text_config()
     # The residual stream, norms, queries, keys, values and the gated product of one layer, float32.
     per_token = STREAMS * 4 * (8 * text.hidden_size + 4 * text.intermediate_size)
     return {
         "weights": weight_bytes(config, dtype),
-        "tangent cache": cache_bytes,
         "activations": pass_tokens * per_token + PROCESS_BYTES,
     }
 

@@ -16,7 +16,7 @@ from agd_vllm import Decoder
 from agd_vllm.reader import read_rows
 from agd_vllm.records import InputRow
 from benchmarks.comparison import write_comparison
-from benchmarks.plain import PlainVLLM
+from benchmarks.plain import PlainVLLM, side_by_side
 
 MAX_MODEL_LEN = 2048
 CACHE_BYTES = 1 << 30
@@ -39,8 +39,8 @@ def main(model, input_path, limit, max_tokens, dtype, runs, output):
         "dtype": dtype,
         "max_model_len": MAX_MODEL_LEN,
         "enforce_eager": True,
-        "kv_cache_memory_bytes": CACHE_BYTES,
         "enable_prefix_caching": False,
+        **side_by_side(CACHE_BYTES),
     }
     speeds: dict[str, list[float]] = {"in_process": [], "own_process": []}
     with (

@@ -16,7 +16,9 @@ from agd_vllm import Decoder
 from agd_vllm.reader import read_rows
 from agd_vllm.records import DecodedRow
 from benchmarks.comparison import write_comparison
-from benchmarks.plain import PlainVLLM
+from benchmarks.plain import PlainVLLM, side_by_side
+
+CACHE_BYTES = 1 << 30
 
 
 @click.command()
@@ -30,7 +32,7 @@ from benchmarks.plain import PlainVLLM
 @click.option("--json", "output", required=True)
 def main(model, input_path, limit, max_tokens, rounds, dtype, eager, output):
     """Median tokens/s of both paths over `rounds` turns after a warm-up, and their ratio."""
-    shared = {"enforce_eager": eager, "kv_cache_memory_bytes": 1 << 30}
+    shared = {"enforce_eager": eager, **side_by_side(CACHE_BYTES)}
     rows = list(read_rows([input_path]))[:limit]
     rates: dict[str, list[float]] = {"gated": [], "plain": []}
     options = {"dtype": dtype, "max_model_len": 2048}

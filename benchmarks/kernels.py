@@ -30,6 +30,7 @@ from agd_vllm.kernels.gate import gate_twin
 from benchmarks.machine import describe
 
 GATE_SHAPES = [(256, 128256), (64, 128256), (8, 128256), (256, 151936), (256, 49152)]
+GATE_DTYPES = ("bfloat16", "float32")  # vLLM's sampler makes float32 of them
 PREFILL_TOKENS = [1024, 4096]
 DECODES = [(64, 4096), (16, 4096), (1, 4096), (64, 512)]
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -61,8 +62,8 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def gate_points(device: torch.device, shapes: list, bandwidth: float) -> Iterator[dict]:
     """With all gates closed, and with all of them open: a tau that no entropy is below, and all k candidates."""
-    for (rows, vocab), is_open in itertools.product(shapes, (False, True)):
-        logits = torch.randn(rows, vocab, device=device).bfloat16()
+    for (rows, vocab), dtype, is_open in itertools.product(shapes, GATE_DTYPES, (False, True)):
+        logits = torch.randn(rows, vocab, device=device).to(getattr(torch, dtype))
         arguments = (
             torch.arange(rows, device=device),
             torch.full((rows,), -1.0 if is_open else 1e3, device=device),
@@ -76,7 +77,7 @@ def gate_points(device: torch.device, shapes: list, bandwidth: float) -> Iterato
         bound = logits.numel() * logits.element_size() / bandwidth
         shape = {"rows": rows, "vocab": vocab, "gates": "open" if is_open else "closed"}
         for name, run in (("gate", gate_triton.gate), ("gate twin", gate_twin)):
-            yield _point(name, shape, "bfloat16", seconds_of(partial(run, logits, *arguments)), bound)
+            yield _point(name, shape, dtype, seconds_of(partial(run, logits, *arguments)), bound)
 
 
 def caches(device: torch.device, sequences: int, tokens: int, kv_heads: int, head_dim: int) -> list:

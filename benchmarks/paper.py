@@ -25,9 +25,10 @@ from agd_vllm.attribution.lxt_compat import patch
 class PaperLoop:
     def __init__(self, model: str, dtype: str, tau: float, top_k: int, min_prob: float):
         architecture = AutoConfig.from_pretrained(model).architectures[0]
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = AutoModelForCausalLM.from_pretrained(
             model, dtype=getattr(torch, dtype), attn_implementation=patch(architecture, "attnlrp")
-        )
+        ).to(self._device)
         self._model.requires_grad_(False)
         self._tau, self._top_k, self._min_prob = tau, top_k, min_prob
 
@@ -40,8 +41,9 @@ class PaperLoop:
             if time.monotonic() > deadline:
                 return None
             with torch.inference_mode():
-                logits = self._model(torch.tensor([fresh]), past_key_values=cache, use_cache=True).logits[0, -1].float()
-            probs = logits.softmax(-1)
+                inputs = torch.tensor([fresh], device=self._device)
+                logits = self._model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+            probs = logits.float().softmax(-1)
             top = probs.topk(self._top_k)
             candidates = [int(i) for i, p in zip(top.indices, top.values, strict=True) if p >= self._min_prob]
             token = int(top.indices[0])
@@ -56,7 +58,8 @@ class PaperLoop:
         return {"tokens": tokens, "guided": guided, "seconds": time.perf_counter() - begun}
 
     def _most_relevant(self, ids: list[int], candidates: list[int], spans: list[list]) -> int:
-        embeddings = self._model.get_input_embeddings()(torch.tensor([ids])).detach().requires_grad_()
+        inputs = torch.tensor([ids], device=self._device)
+        embeddings = self._model.get_input_embeddings()(inputs).detach().requires_grad_()
         logits = self._model(inputs_embeds=embeddings, use_cache=False, logits_to_keep=1).logits[0, -1]
         scores = []
         for candidate in candidates:

@@ -11,12 +11,24 @@ from types import TracebackType
 from typing import Any
 
 import psutil
+import torch
 
 SHUTDOWN_S = 20
 # vLLM's worker spins for a second or two after its last step; whoever has the next turn on its core waits that long.
 REST_S = 3.0
 
+# Of a GPU's memory, what vLLM must find free when it starts.
+GPU_MEMORY_UTILIZATION = 0.3
+
 Job = list[tuple[list[int], dict[str, Any]]]
+
+
+def side_by_side(cache_bytes: int) -> dict[str, Any]:
+    """Arguments of an engine that is loaded beside others: so large a KV cache, where it would take all of a GPU."""
+    args: dict[str, Any] = {"kv_cache_memory_bytes": cache_bytes}
+    if torch.cuda.is_available():
+        args["gpu_memory_utilization"] = GPU_MEMORY_UTILIZATION
+    return args
 
 
 class PlainVLLM:

@@ -5,8 +5,9 @@
 `greedy`: `vllm.LLM` on all cores (or `--greedy-cores` of them) with its own best settings. `agd`: this project with its
 defaults. They are loaded side by side and take turns, so that a change in the machine's speed meets both; medians of
 `--runs` turns after a warm-up. Every turn has `--limit` rows of its own, the same for both: no cache has seen them.
-`paper`: the paper's loop (benchmarks/paper.py) once, on as many rows of one more turn as end within `--paper-seconds`;
-AGD's own figure for the ratio is taken on those same rows, which it has not seen either.
+`paper`: the paper's loop (benchmarks/paper.py) once and before the others, whose memory it may need, on as many rows of
+one more turn as end within `--paper-seconds`; AGD's own figure for the ratio is taken on those same rows, which it has
+not seen either.
 `overhead_ms_per_guided_step`: CPU time of all processes of the run but vLLM's engine and the scorer.
 """
 
@@ -29,11 +30,12 @@ from agd_vllm import Decoder
 from agd_vllm.reader import read_rows
 from agd_vllm.records import DecodedRow, InputRow
 from benchmarks.machine import describe
-from benchmarks.plain import PlainVLLM
+from benchmarks.plain import PlainVLLM, side_by_side
 from benchmarks.processes import OVERHEAD, cpu_seconds
 
 MAX_MODEL_LEN = 2048
-GREEDY_CACHE_BYTES = 2 << 30
+# KV cache of plain vLLM on a CPU, of either engine on a GPU.
+CACHE_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}
 
 
 def decode(decoder: Decoder, rows: list[InputRow], plain: PlainVLLM) -> tuple[list[DecodedRow], dict[str, float]]:
@@ -133,17 +135,18 @@ def main(
     result: dict[str, Any] = {"rows": limit, "max_tokens": max_tokens, **decoder_options}
     result["tau"] = tau if math.isfinite(tau) else None
     del result["trace"]
-    on_cpu = not torch.cuda.is_available()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     shared = {"enforce_eager": eager}
-    greedy_args = shared | ({"kv_cache_memory_bytes": GREEDY_CACHE_BYTES} if on_cpu else {})
-    cores = sorted(os.sched_getaffinity(0))[:greedy_cores] if on_cpu else None
+    greedy_args = shared | side_by_side(CACHE_BYTES[device])
+    agd_args = greedy_args if device == "cuda" else shared
+    cores = sorted(os.sched_getaffinity(0))[:greedy_cores] if device == "cpu" else None
     greedy_runs, agd_runs, paper_runs = [], [], []
-    with (
-        PlainVLLM(model, cores, dtype=dtype, max_model_len=MAX_MODEL_LEN, **greedy_args) as plain,
-        Decoder(
-            model, tau=tau, dtype=dtype, max_model_len=MAX_MODEL_LEN, engine_args=shared, **decoder_options
-        ) as decoder,
-    ):
+    decoder = Decoder(model, tau=tau, dtype=dtype, max_model_len=MAX_MODEL_LEN, engine_args=agd_args, **decoder_options)
+    if paper_seconds:
+        paper_runs = run_paper(decoder, papers, dtype, paper_seconds)
+        if not paper_runs:
+            raise click.ClickException("the paper's loop ended no row in time; raise --paper-seconds")
+    with PlainVLLM(model, cores, dtype=dtype, max_model_len=MAX_MODEL_LEN, **greedy_args) as plain, decoder:
         for turn, rows in enumerate(turns):
             decoded, agd = decode(decoder, rows, plain)
             job = [(row.prompt_token_ids, {"max_tokens": max_tokens}) for row in decoded]
@@ -151,10 +154,7 @@ def main(
             if turn:  # the first turn warms both up
                 agd_runs.append(agd)
                 greedy_runs.append({"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds})
-        if paper_seconds:
-            paper_runs = run_paper(decoder, papers, dtype, paper_seconds)
-            if not paper_runs:
-                raise click.ClickException("the paper's loop ended no row in time; raise --paper-seconds")
+        if paper_runs:
             _, agd_there = decode(decoder, papers[: len(paper_runs)], plain)
     agd, greedy = medians(agd_runs), medians(greedy_runs)
     result |= {

@@ -6,7 +6,7 @@ import functools
 import logging
 import re
 
-MINIMUM = (3, 2)
+MINIMUM = (3, 4)
 
 log = logging.getLogger("agd_vllm")
 

@@ -63,14 +63,14 @@ def build(function, gpu: int, pointers: tuple[str, ...], constants: dict, half: 
     print(json.dumps(result), flush=True)
 
 
-def gate(gpu: int) -> None:
+def gate(gpu: int, half: tuple[str, ...]) -> None:
     tensors = ("logits", "rows", "pause", "maxima", "partials")
     build(
         gate_triton._measure,
         gpu,
         tensors,
         {"TILE": gate_triton.TILE, "TILES": gate_triton.TILES},
-        ("logits",),
+        half,
         num_warps=gate_triton.MEASURE_WARPS,
     )
     outputs = ("entropies", "log_sum_exps", "opens", "candidate_ids", "candidate_probs", "candidate_counts")
@@ -79,7 +79,7 @@ def gate(gpu: int) -> None:
         gpu,
         (*tensors, "tau", "min_prob", *outputs),
         {"TILE": gate_triton.TILE, "ALL_TILES": 256, "CHUNKS": 16, "TOP_K": 64},
-        ("logits",),
+        half,
         num_warps=gate_triton.DECIDE_WARPS,
     )
 
@@ -108,6 +108,13 @@ def attention(gpu: int, head_dim: int) -> None:
             num_warps=tiling.warps,
             num_stages=tiling.stages,
         )
+    build(
+        dual_attention_triton.combine,
+        gpu,
+        ("sequences", "tiles", "out", "sums", "numbers"),
+        {"D": head_dim, "BLOCK_D": head_dim},
+        num_warps=1,
+    )
 
 
 def between_linear_layers(gpu: int, dim: int, heads: int, head_dim: int) -> None:
@@ -144,7 +151,8 @@ def kind(head_dim: int) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    gate(90)
+    for half in ((), ("logits",)):
+        gate(90, half)
     append(90, 128)
     between_linear_layers(90, 4096, 32, 128)
     for gpu in GPUS:

@@ -12,12 +12,14 @@ from agd_vllm.attribution.pool import WorkerLost
 from agd_vllm.attribution.worker import WorkerInfo
 from agd_vllm.faults import FaultLog, last_line
 from agd_vllm.pipeline import fleet as subject
+from agd_vllm.pipeline import placement
 from agd_vllm.pipeline import source as source_module
 from agd_vllm.pipeline.decoder import Decoder
 from agd_vllm.pipeline.fleet import MAX_POISON_IN_A_ROW, MAX_RESTARTS_IN_A_ROW, ROWS_AHEAD, Fleet
 from agd_vllm.pipeline.replica import EngineLost, Progress, ReplicaInfo
 from agd_vllm.pipeline.source import Source
 from agd_vllm.pipeline.suspects import POISON_DEATHS, Suspects
+from agd_vllm.pipeline.teams import Shares
 from agd_vllm.records import DecodedRow, InputRow, PreparedRow, Roi, RowError, RowRefused
 
 NEVER = math.inf
@@ -105,7 +107,7 @@ class FakeReplica:
     """As Replica, seen through Ray: `ends_at_once` rows have ended whenever it is asked."""
 
     def __init__(self, world, index, launch):
-        self.world, self.index, self.launch = world, index, launch
+        self.world, self.index, self.launch, self.made_at = world, index, launch, world.now
         self.rows, self.batches, self.together = [], [], []
         for name in ("start", "attach", "submit", "collect", "cancel", "stop"):
             setattr(self, name, Method(getattr(self, f"_{name}")))
@@ -127,7 +129,7 @@ class FakeReplica:
             raise error
         return ReplicaInfo(1024, self.world.sessions, 0.0)
 
-    def _attach(self):
+    def _attach(self, *_scoring):
         self.world.told.append(("attach", self))
 
     def _submit(self, rows, batch):
@@ -385,6 +387,20 @@ def test_engines_that_share_a_worker_share_its_cache(world):
     decoder, replica = decoder_with(workers), FakeEngineActor(world)
     decoder._attach(1, replica)
     assert replica.attached == [(5.0, workers, True, 500)]
+
+
+@pytest.mark.parametrize(
+    ("shares", "made_at"), [(Shares(), [0.0, 0.0]), (Shares(1, 1), [0.0, 0.0]), (Shares(1 / 3, 1 / 3), [50.0, 51.0])]
+)
+def test_who_shares_a_gpu_loads_one_after_another(world, smollm2, monkeypatch, shares, made_at):
+    """vLLM takes all memory that goes while it starts for its own."""
+    monkeypatch.setattr(placement, "make_worker", lambda *_: FakeWorker(world, 50.0, WorkerInfo(True, 1000)))
+    monkeypatch.setattr(placement, "make_replica", lambda _cluster, index, *_: world.make(index))
+    decoder = Decoder(str(smollm2), engines=2)
+    decoder._cluster = SimpleNamespace(shares=shares, started=False)
+    decoder._start_actors(1)
+    assert [replica.made_at for replica in world.replicas] == made_at
+    assert [what for what, _ in world.told] == ["attach", "attach"]
 
 
 def test_without_workers_an_engine_is_told_so(world):

@@ -1,15 +1,18 @@
 """What a model needs of a GPU, and the line that says how much is missing; the GPU itself is made up."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoConfig, GPT2Config, LlamaConfig
 from vllm.platforms import current_platform
 
+from agd_vllm.attribution import worker as worker_module
+from agd_vllm.attribution.forward import PASS_TOKENS
 from agd_vllm.attribution.worker import AttributionSettings, AttributionWorker
 from agd_vllm.engine.engine import check_gpu
-from agd_vllm.gpu_memory import GIB, check_room, engine_needs, weight_bytes, worker_needs
+from agd_vllm.gpu_memory import GIB, LEAST_CACHE_BYTES, check_room, engine_needs, weight_bytes, worker_needs
 
 LLAMA_8B = LlamaConfig(
     hidden_size=4096,
@@ -29,12 +32,11 @@ def test_weights_are_counted_without_being_made():
 
 def test_an_8b_model_fits_one_card_for_engine_and_worker_or_two():
     """bfloat16, halves of a card: 80 GiB are enough, 24 GiB are not; a card of its own of 24 GiB is."""
-    worker = sum(worker_needs(LLAMA_8B, torch.bfloat16, 80 * GIB // 8, 512).values())
+    worker = sum(worker_needs(LLAMA_8B, torch.bfloat16, 512).values())
     engine = sum(engine_needs(LLAMA_8B, torch.bfloat16, 8192, 1).values())
-    assert 25 * GIB < worker < 28 * GIB < 80 * GIB / 2
+    assert 15 * GIB < worker < 17 * GIB < engine + GIB
     assert 16 * GIB < engine < 17 * GIB < 0.45 * 80 * GIB
-    worker = sum(worker_needs(LLAMA_8B, torch.bfloat16, 24 * GIB // 8, 512).values())
-    assert 24 * GIB / 2 < worker < 24 * GIB
+    assert 24 * GIB / 2 < worker + LEAST_CACHE_BYTES < 24 * GIB
     shared_out = sum(engine_needs(LLAMA_8B, torch.bfloat16, 8192, 2).values())
     assert shared_out < 0.55 * engine
 
@@ -66,10 +68,34 @@ def gpu(monkeypatch):
 def test_a_worker_says_so_before_it_loads_its_model(smollm2, gpu, free, hint):
     gpu(free, 2 * GIB)
     settings = AttributionSettings("forward", "attnlrp", "float32", gpu_share=0.5)
-    with pytest.raises(RuntimeError, match=r"an attribution worker needs 1\.\d GiB .* are missing") as error:
+    with pytest.raises(RuntimeError, match=r"an attribution worker needs 2\.\d GiB .* are missing") as error:
         AttributionWorker(str(smollm2), None, False, settings)
     assert "--attribution-dtype bfloat16" in str(error.value) and "\n" not in str(error.value)
     assert ("gpu_memory_utilization" in str(error.value)) == hint
+
+
+def test_a_workers_cache_is_what_its_share_leaves(smollm2, gpu):
+    """Its share of the GPU, or what others left of it, and a gibibyte at least."""
+    config = AutoConfig.from_pretrained(smollm2)
+    beside = sum(worker_needs(config, torch.float32, PASS_TOKENS).values())
+    settings = AttributionSettings("forward", "attnlrp", "float32", gpu_share=0.5)
+
+    def cache(free: int) -> int:
+        gpu(free * GIB, 40 * GIB)
+        return worker_module._cache_bytes(str(smollm2), None, False, settings)
+
+    assert [cache(40), cache(20), cache(10)] == [int(0.9 * (room * GIB - beside)) for room in (20, 20, 10)]
+    with pytest.raises(RuntimeError, match="least tangent cache"):
+        cache(1)
+
+
+def test_models_that_attribution_cannot_read_are_left_to_vllm(gpu):
+    gpu(GIB, GIB)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=GPT2Config(architectures=["GPT2LMHeadModel"]), quantization=None),
+        cache_config=SimpleNamespace(kv_cache_memory_bytes=None),
+    )
+    check_gpu(config)
 
 
 def test_an_engine_says_so_by_vllms_own_configuration(smollm2, gpu):

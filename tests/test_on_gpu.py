@@ -1,5 +1,7 @@
 """What only an NVIDIA GPU shows: the kernels as compiled code, and V2's reports from its streams."""
 
+from contextlib import contextmanager
+
 import pytest
 import stream_checks as checks
 import torch
@@ -13,6 +15,16 @@ from agd_vllm.kernels.gate import gate, gate_twin
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 CUDA = torch.device("cuda")
+
+
+@contextmanager
+def no_waiting():
+    """What waits for the GPU in this block is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -30,9 +42,8 @@ def test_the_gate_equals_its_twin(rows, vocab, dtype):
         torch.randint(vocab, (rows,), device=CUDA),
     )
     theirs = logits.clone()
-    torch.cuda.set_sync_debug_mode("error")  # nothing may wait for the GPU
-    decision = gate(logits, *arguments)
-    torch.cuda.set_sync_debug_mode("default")
+    with no_waiting():
+        decision = gate(logits, *arguments)
     expected = gate_twin(theirs, *arguments)
     for name in ("entropy", "log_sum_exp", "candidate_probs"):
         torch.testing.assert_close(getattr(decision, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
@@ -75,9 +86,8 @@ def test_a_decision_is_copied_behind_the_models_back():
     logits = torch.randn(4, 1000, device=CUDA)
     zeros = torch.zeros(4, device=CUDA)
     decision = gate(logits, torch.arange(4, device=CUDA), zeros, 5, zeros, torch.full((4,), 3, device=CUDA))
-    torch.cuda.set_sync_debug_mode("error")
-    copy, wait = copy_from_gpu(decision)
-    torch.cuda.set_sync_debug_mode("default")
+    with no_waiting():
+        copy, wait = copy_from_gpu(decision)
     wait()
     for ours, theirs in zip(copy, decision, strict=True):
         assert ours.device.type == "cpu" and torch.equal(ours, theirs.cpu())

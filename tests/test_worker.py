@@ -3,13 +3,15 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import torch
 from agd_vllm.attribution.worker import AttributionWorker
 
 class Scorer:
     def score(self, requests):
-        raise torch.{error}("device-side assert triggered")
+        raise {error}
 
 worker = AttributionWorker.__new__(AttributionWorker)
 worker._scorer = Scorer()
@@ -25,10 +27,19 @@ def run(error: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
 
 
-def test_a_gpu_that_failed_ends_the_process_which_every_later_call_would_find_broken():
-    assert run("AcceleratorError").returncode == 1
+@pytest.mark.parametrize(
+    "error",
+    [
+        'torch.AcceleratorError("device-side assert triggered")',
+        'RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")',
+    ],
+)
+def test_a_gpu_that_failed_ends_the_process_which_every_later_call_would_find_broken(error):
+    assert run(error).returncode == 1
 
 
-def test_too_little_memory_is_an_error_of_its_batch_alone():
-    done = run("OutOfMemoryError")
-    assert (done.returncode, done.stdout.strip()) == (0, "raised OutOfMemoryError"), done.stderr
+@pytest.mark.parametrize("error", ["torch.OutOfMemoryError('no room')", "RuntimeError('a mistake')"])
+def test_other_errors_are_those_of_their_batch_alone(error):
+    done = run(error)
+    name = error.partition("(")[0].removeprefix("torch.")
+    assert (done.returncode, done.stdout.strip()) == (0, f"raised {name}"), done.stderr

@@ -66,10 +66,13 @@ class AttributionWorker:
             import torch
 
             torch.set_num_threads(len(settings.cores))
+        cache_bytes = None
+        if settings.gpu_share:
+            # The cache's buffers come and go, in many sizes. torch reads this when it first asks for memory.
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+            cache_bytes = _cache_bytes(model, revision, trust_remote_code, settings)
         from agd_vllm.attribution.scorer import load_scorer
 
-        if settings.gpu_share:
-            _check_gpu(model, revision, trust_remote_code, settings)
         self._scorer = load_scorer(
             settings.scorer,
             model,
@@ -77,6 +80,7 @@ class AttributionWorker:
             dtype=settings.dtype,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            cache_bytes=cache_bytes,
         )
 
     def info(self) -> WorkerInfo:
@@ -108,27 +112,34 @@ def _ended_by_gpu_errors() -> Iterator[None]:
 
     try:
         yield
-    except torch.AcceleratorError:
+    except RuntimeError as error:
+        # Triton launches its kernels past torch, and has no class for what the GPU says to that.
+        if not isinstance(error, torch.AcceleratorError) and not str(error).startswith("Triton Error [CUDA]"):
+            raise
         # A GPU's error stays with the process: every later call would fail. Ray starts another one.
         logging.getLogger("agd_vllm").exception("the GPU failed; the attribution worker ends")
         os._exit(1)
 
 
-def _check_gpu(model: str, revision: str | None, trust_remote_code: bool, settings: AttributionSettings) -> None:
-    """Raises RuntimeError with one line where the worker's share of the GPU, or what others left, is too small."""
+def _cache_bytes(model: str, revision: str | None, trust_remote_code: bool, settings: AttributionSettings) -> int:
+    """What the worker's share of the GPU, or what others left of it, has for the tangent cache.
+
+    Raises RuntimeError with one line where it is too small.
+    """
     import torch
 
-    from agd_vllm.attribution.forward import PASS_TOKENS, default_cache_bytes
+    from agd_vllm.attribution.forward import PASS_TOKENS
     from agd_vllm.attribution.hf_model import load_config, weight_dtype
-    from agd_vllm.gpu_memory import check_room, worker_needs
+    from agd_vllm.gpu_memory import CACHE_PART, LEAST_CACHE_BYTES, check_room, worker_needs
 
     config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     free, total = torch.cuda.mem_get_info()
+    needs = worker_needs(config, weight_dtype(settings.dtype, config), PASS_TOKENS)
     # Reverse mode keeps no cache, and is the reference rather than what is run at scale.
-    cache_bytes = default_cache_bytes(torch.device("cuda")) if settings.scorer == "forward" else 0
-    needs = worker_needs(config, weight_dtype(settings.dtype, config), cache_bytes, PASS_TOKENS)
+    least = {"least tangent cache": LEAST_CACHE_BYTES} if settings.scorer == "forward" else {}
     remedies = "take --attribution-dtype bfloat16, fewer --attribution-workers or --engines"
     if free < settings.gpu_share * total:
         remedies += ", a lower --engine-arg gpu_memory_utilization"
     room = min(free, int(settings.gpu_share * total))
-    check_room("an attribution worker", needs, room, total, f"{remedies}, or more GPUs")
+    check_room("an attribution worker", needs | least, room, total, f"{remedies}, or more GPUs")
+    return int(CACHE_PART * (room - sum(needs.values())))

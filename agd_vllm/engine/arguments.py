@@ -15,7 +15,13 @@ OWN = {
     "seed": "--seed",
     "trust_remote_code": "--trust-remote-code",
 }
-FIXED = ("logits_processors", "disable_hybrid_kv_cache_manager", "async_scheduling", "scheduling_policy")
+FIXED = (
+    "logits_processors",
+    "disable_hybrid_kv_cache_manager",
+    "async_scheduling",
+    "scheduling_policy",
+    "speculative_config",
+)
 
 
 def gpus_per_engine(given: dict[str, Any]) -> int:

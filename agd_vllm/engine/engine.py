@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import sys
 import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from agd_vllm.engine.channel import TRACE_VARIABLE, EngineStep, GateReceiver
 from agd_vllm.engine.occupancy import Occupancy
 from agd_vllm.engine.orphans import ACTOR_VARIABLE
 from agd_vllm.model import ModelInfo
-from agd_vllm.records import PreparedRow
+from agd_vllm.records import PreparedRow, RowRefused
 from agd_vllm.trace import Tracer
 
 CPU_MEMORY_SHARE = 1 / 8
@@ -71,6 +72,7 @@ class Engine:
         self._tracer = tracer
         self.occupancy = Occupancy()
         self._keys = itertools.count()
+        self._max_held_stops = sys.maxsize
 
     def start(self) -> None:
         self._receiver = GateReceiver(self._trace_step)
@@ -83,12 +85,15 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         args = AsyncEngineArgs(**self._engine_args())
-        config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+        # vLLM's sizes of a batch for offline use, as in vllm.LLM.
+        config = args.create_engine_config(UsageContext.LLM_CLASS)
         # Which model runner vLLM takes depends on all of its configuration.
         config.model_config.logits_processors = [
             GATE_PROCESSORS[config.use_v2_model_runner],
             *self._settings.processors,
         ]
+        if config.use_v2_model_runner:
+            self._max_held_stops = _max_held_stops()
         if not _on_cpu():
             check_gpu(config)
         self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
@@ -130,13 +135,15 @@ class Engine:
 
     @asynccontextmanager
     async def session(self, row: PreparedRow, gated: bool, stops, entropies: bool = False):
-        """Waits for room, opens the row's session, closes it at the end. Raises RowRefused for too large a row.
+        """Waits for room, opens the row's session, closes it at the end.
 
-        Entropies are recorded for rows without a gate only.
+        Entropies are recorded for rows without a gate only. Raises RowRefused for too large a row, and for one with
+        more stop tokens than vLLM can hold back until its min_tokens.
         """
         from agd_vllm.engine.entropies import EntropyParams
         from agd_vllm.engine.gate import GateParams
 
+        self._check_stops(row)
         async with self._admission.reserve(row, gated):
             key = next(self._keys)
             params = None
@@ -154,6 +161,16 @@ class Engine:
                     yield session
             finally:
                 await session.close()
+
+    def _check_stops(self, row: PreparedRow) -> None:
+        ids = {*self._model.eos_ids, *row.stop_token_ids, self._model.pause_id} - {None}
+        if row.min_tokens and len(ids) > self._max_held_stops:
+            # vLLM's worker raises, which is the end of the engine.
+            raise RowRefused(
+                "stop_token_ids",
+                f"stop_token_ids and the model's own make {len(ids)} stop tokens, with min_tokens vLLM takes at most "
+                f"{self._max_held_stops} on a GPU; give fewer, or no min_tokens",
+            )
 
     @asynccontextmanager
     async def pair(self, row: PreparedRow, without_region: list[int], alpha: float, stops):
@@ -218,10 +235,12 @@ def check_gpu(config: Any) -> None:
     """Raises RuntimeError with one line where what vLLM may take of a GPU, by its `config`, is too little."""
     from vllm.platforms import current_platform
 
+    from agd_vllm.attribution.architectures import TEXT_MODEL
     from agd_vllm.gpu_memory import check_room, engine_needs
 
     model, cache = config.model_config, config.cache_config
-    if model.quantization is not None or cache.kv_cache_memory_bytes is not None:
+    known = not TEXT_MODEL.keys().isdisjoint(model.hf_config.architectures or ())
+    if not known or model.quantization is not None or cache.kv_cache_memory_bytes is not None:
         return  # what it takes then only vLLM knows
     needs = engine_needs(model.hf_config, model.dtype, model.max_model_len, config.parallel_config.world_size)
     # Not by torch, which would take memory of the GPU for this process, too.
@@ -232,6 +251,13 @@ def check_gpu(config: Any) -> None:
         "gpu_memory_utilization or tensor_parallel_size, or more GPUs"
     )
     check_room("an engine", needs, int(share * total), total, remedies)
+
+
+def _max_held_stops() -> int:
+    """How many stop tokens Model Runner V2 masks until a row has its min_tokens."""
+    from vllm.v1.worker.gpu.sample.logit_bias import MAX_NUM_STOP_TOKEN_IDS
+
+    return MAX_NUM_STOP_TOKEN_IDS
 
 
 def _on_cpu() -> bool:

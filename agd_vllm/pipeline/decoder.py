@@ -137,22 +137,29 @@ class Decoder:
             count=options.engines,
             faults=self._fault_log,
             trace=self._trace,
+            one_by_one=cluster.shares.shared,
         )
+        if cluster.shares.shared:
+            self._wait_for_workers()
         self._info = self._fleet.start()
 
     def _attach(self, index: int, replica: Any) -> None:
-        """Tells an engine who scores. Workers are asked when the first one starts: later they are busy, or restart."""
+        """Tells an engine who scores."""
         if not self._workers:
             replica.attach.remote([], False, None)
             return
-        if self._infos is None:
-            self._infos = loaded([worker.info.remote() for worker in self._workers], "an attribution worker")
+        self._wait_for_workers()
         made = teams(self.options.engines, len(self._workers))
         team = made[index % len(made)]
         tokens = None
         if self._infos[0].cache_tokens is not None:
             tokens = sum(self._infos[worker].cache_tokens for worker in team.workers) // len(team.engines)
         replica.attach.remote([self._workers[worker] for worker in team.workers], self._infos[0].stateful, tokens)
+
+    def _wait_for_workers(self) -> None:
+        """Until their models are loaded. Asked once, before the first rows: later they are busy, or restart."""
+        if self._infos is None:
+            self._infos = loaded([worker.info.remote() for worker in self._workers], "an attribution worker")
 
     def decode(
         self, rows: Iterable[dict[str, Any]], on_error: Callable[[RowError], None] | None = None

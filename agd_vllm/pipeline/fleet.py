@@ -58,6 +58,7 @@ class _Engine:
 class Fleet:
     """Starts `count` engines by `make` (index to an actor of Replica); `attach` (index, actor) tells each who scores.
 
+    `one_by_one`: engines that load at once would take each other's memory for their own.
     Raises RuntimeError where one cannot start, or where engines die MAX_RESTARTS_IN_A_ROW times with nothing gained in
     between: no row decoded, no poison row found, no rows cleared of suspicion.
     """
@@ -69,10 +70,13 @@ class Fleet:
         count: int,
         faults: FaultLog,
         trace: TraceFile | None = None,
+        one_by_one: bool = False,
     ):
         self._make = make
         self._attach = attach
-        self._engines = [self._launch(index) for index in range(count)]
+        self._count = count
+        self._one_by_one = one_by_one
+        self._engines: list[_Engine] = []
         self._suspects = Suspects()
         self._decoding = False
         self._batch = 0
@@ -88,7 +92,12 @@ class Fleet:
 
     def start(self) -> ReplicaInfo:
         """Waits until all engines have loaded the model."""
-        infos = loaded([engine.call for engine in self._engines], "an engine")
+        infos: list[ReplicaInfo] = []
+        at_a_time = 1 if self._one_by_one else self._count
+        for first in range(0, self._count, at_a_time):
+            launched = [self._launch(index) for index in range(first, first + at_a_time)]
+            self._engines += launched
+            infos += loaded([engine.call for engine in launched], "an engine")
         for engine in self._engines:
             self._begin(engine)
             engine.call = None

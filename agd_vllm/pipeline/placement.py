@@ -24,7 +24,7 @@ from agd_vllm.pipeline.teams import Demand, Reservation, Shares, gpu_shares
 WORKER_RESTARTS = -1
 # Rows of one engine, many of them waiting for admission: their coroutines are light.
 REPLICA_CONCURRENCY = 64
-# Of its share of a GPU's memory, what an engine takes unless told otherwise (vLLM's own default on a whole one).
+# Of its share of a GPU's memory, what an engine takes unless told otherwise; the rest is for what vLLM does not count.
 SHARED_GPU_MEMORY = 0.9
 
 
@@ -122,7 +122,7 @@ def make_replica(
 ) -> Any:
     """The engine actor of that index, not started yet, on its share of the GPUs."""
     gpus = cluster.shares.engine
-    if 0 < gpus < 1:
+    if cluster.shares.shared:
         engine = replace(engine, engine_args={"gpu_memory_utilization": SHARED_GPU_MEMORY * gpus} | engine.engine_args)
     actor = ray.remote(Replica).options(
         num_cpus=1,

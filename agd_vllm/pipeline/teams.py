@@ -48,6 +48,12 @@ class Shares:
     worker: float = 0
     teams_share: bool = False
 
+    @property
+    def shared(self) -> bool:
+        """Whether several actors have one GPU. vLLM measures what it takes on all of the GPU while it starts, so that
+        nobody else may load a model there meanwhile."""
+        return 0 < self.engine < 1
+
 
 def teams(engines: int, workers: int) -> list[Team]:
     """Each engine with workers of its own, or, where these are fewer, each worker with engines of its own.
