@@ -15,6 +15,7 @@ import triton.language as tl
 
 from agd_vllm.kernels import dual_attention_triton as kernels
 from agd_vllm.kernels import triton_support
+from agd_vllm.kernels.to_device import to_device
 
 MAX_HEAD_DIM = 256
 MIN_CAPABILITY = (8, 0)  # the first with products of bfloat16
@@ -206,9 +207,7 @@ class DualAttention:
         return launches
 
     def _table(self, rows: list[tuple[int, ...]]) -> torch.Tensor:
-        table = torch.tensor(rows, dtype=torch.int64)
-        # From pinned memory, so that the host does not wait for the GPU.
-        return table.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else table
+        return to_device(torch.tensor(rows, dtype=torch.int64), self._device)
 
 
 def available(head_dim: int, dtype: torch.dtype) -> bool:

@@ -1,17 +1,24 @@
 """What only an NVIDIA GPU shows: the kernels as compiled code, and V2's reports from its streams."""
 
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import stream_checks as checks
 import torch
 from cached_batch import batch, copies, same_caches
 
+from agd_vllm.attribution.forward import ForwardScorer
 from agd_vllm.attribution.rules import ACTIVATIONS, RULES
 from agd_vllm.attribution.sequence_attention import SequenceAttention
 from agd_vllm.engine.gate_reports import CopyFromGPU
 from agd_vllm.kernels import dual_attention, streams_triton, triton_support
 from agd_vllm.kernels.gate import gate, gate_twin
+from agd_vllm.records import Roi, ScoreRequest, Span
+
+sys.path.append(str(Path(__file__).parent / "attribution"))
+import tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 CUDA = torch.device("cuda")
@@ -79,6 +86,20 @@ def test_what_lies_between_linear_layers_equals_its_twins(rows, dim, dtype, rule
     checks.check_rope(streams_triton, **size, dim=128, heads=dim // 128, scale=0.125)
     for activation in ACTIVATIONS:
         checks.check_gated(streams_triton, **size, dim=dim, rule=rule, activation=activation)
+
+
+def test_a_guided_step_is_a_cpus_and_its_pass_waits_for_nothing(tmp_path):
+    model = str(tiny.save("llama-3", tmp_path))
+    scorer, expected = ForwardScorer(model, dtype="bfloat16"), ForwardScorer(model, device="cpu")
+    tokens, roi = list(range(3, 43)), Roi((Span(2, 9), Span(12, 15, -0.5)))
+    for ids in (tokens, [*tokens, 50]):
+        request = ScoreRequest("a", 0, ids, roi, (5, 6, 7))
+        ours, theirs = (torch.tensor(each.score([request])) for each in (scorer, expected))
+        torch.testing.assert_close(ours, theirs, rtol=0.1, atol=0.1 * float(theirs.abs().max()))
+    sequence = scorer.cache.get("a")
+    sequence.tokens.append(51)
+    with torch.inference_mode(), no_waiting():
+        scorer.tangents.extend([(sequence, 1)])
 
 
 def test_a_decision_is_copied_behind_the_models_back():

@@ -18,6 +18,7 @@ from agd_vllm.attribution.tangent_cache import (
     prefix_digests,
 )
 from agd_vllm.attribution.tangent_pass import TangentPass
+from agd_vllm.kernels.to_device import to_device
 from agd_vllm.records import Roi, ScoreRequest
 
 PASS_TOKENS = 512
@@ -184,8 +185,9 @@ class ForwardScorer:
                 self.cache.index(job.sequence, job.digests)
         candidates = [candidate for job in jobs for candidate in job.request.candidate_ids]
         counts = [len(job.request.candidate_ids) for job in jobs]
-        rows = torch.repeat_interleave(torch.arange(len(jobs)), torch.tensor(counts)).to(self.hf.device)
-        unembedding = self.hf.unembedding[torch.tensor(candidates, device=self.hf.device, dtype=torch.long)].float()
+        rows = to_device(torch.repeat_interleave(torch.arange(len(jobs)), torch.tensor(counts)), self.hf.device)
+        ids = to_device(torch.tensor(candidates, dtype=torch.long), self.hf.device)
+        unembedding = self.hf.unembedding[ids].float()
         scores = torch.einsum("srd,rd->sr", last[1:, rows], unembedding).cpu()
         return [per_job.tolist() for per_job in scores.split(counts, dim=1)]
 

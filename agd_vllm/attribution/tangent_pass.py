@@ -13,6 +13,7 @@ from agd_vllm.attribution.rules import RULES
 from agd_vllm.attribution.sequence_attention import SequenceAttention
 from agd_vllm.attribution.tangent_cache import CachedSequence
 from agd_vllm.kernels import cached_attention, triton_support
+from agd_vllm.kernels.to_device import to_device
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, int | None], torch.Tensor]
 """Layer, queries, keys, values and window to the layer's attention: see `SequenceAttention` and its faster twins."""
@@ -48,6 +49,7 @@ class TangentPass:
         streams = self._embed(segments)
         attend = self._attention(segments)
         tables = self._rope_tables(segments)
+        ends = to_device(torch.tensor([count for _, count in segments]).cumsum(0) - 1, self.hf.device)
         out = None
         for index, layer in enumerate(self.decoder.layers):
             normed = self.ops.norm(streams, layer.attention_norm, out)
@@ -56,19 +58,16 @@ class TangentPass:
             gate, up = self.ops.linear(normed, layer.gate), self.ops.linear(normed, layer.up)
             out = self.ops.linear(self.ops.gated(gate, up), layer.down)
             out = self._norm(out, layer.mlp_output_norm)
-        ends, end = [], 0
         for sequence, count in segments:
             sequence.length += count
-            end += count
-            ends.append(end - 1)
         return self.ops.exact_norm(streams[:, ends] + out[:, ends], self.decoder.final_norm)
 
     def _embed(self, segments: Sequence[tuple[CachedSequence, int]]) -> torch.Tensor:
         """Streams [S, N, d] at the input: embeddings E, and m * E for each region."""
         tokens = [token for seq, count in segments for token in seq.tokens[seq.length : seq.length + count]]
-        ids = torch.tensor(tokens, device=self.hf.device)
+        ids = to_device(torch.tensor(tokens), self.hf.device)
         weights = torch.cat([seq.weights(seq.length, seq.length + count) for seq, count in segments], dim=1)
-        weights = torch.cat([torch.ones(1, len(tokens)), weights]).to(self.hf.device)
+        weights = to_device(torch.cat([torch.ones(1, len(tokens)), weights]), self.hf.device)
         return self.hf.stack.embed_tokens(ids).float() * weights[:, :, None]
 
     def _rope_tables(
@@ -76,9 +75,10 @@ class TangentPass:
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Rotary tables by name: cos and signed sin, float32 [N, 1, D], for the tokens' positions."""
         positions = torch.cat([torch.arange(seq.length, seq.length + count) for seq, count in segments])
+        positions = to_device(positions, self.hf.device)
         tables = {}
         for name in {layer.rope for layer in self.decoder.layers}:
-            cos, sin = self.decoder.rotary(name, positions.to(self.hf.device))
+            cos, sin = self.decoder.rotary(name, positions)
             low, high = sin.chunk(2, dim=-1)
             tables[name] = cos[:, None], torch.cat((-low, high), dim=-1)[:, None]
         return tables

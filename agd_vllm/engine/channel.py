@@ -40,7 +40,10 @@ Entropy = tuple[int, int, float]  # key, step, entropy in nats
 
 
 class EngineStep(msgspec.Struct, frozen=True):
-    """One forward pass of vLLM's with the gate at its end: seconds since the epoch, durations, rows."""
+    """One forward pass of vLLM's with the gate at its end: seconds since the epoch, durations, rows.
+
+    On a GPU the durations are those until all is queued, and vLLM leaves out steps in which no row is gated.
+    """
 
     begun: float
     seconds: float

@@ -17,6 +17,7 @@ from agd_vllm.engine.channel import SOCKET_VARIABLE, TRACE_VARIABLE, EngineStep,
 from agd_vllm.engine.gate_reports import report_sender
 from agd_vllm.engine.orphans import end_with_actor
 from agd_vllm.kernels.gate import gate
+from agd_vllm.kernels.to_device import to_device
 
 EXTRA_ARG = "agd"
 
@@ -73,9 +74,7 @@ class BatchGate:
         self._top_k = max((p.top_k for p in params), default=0)
 
     def _column(self, values: Sequence, dtype: torch.dtype) -> torch.Tensor:
-        column = torch.tensor(values, dtype=dtype)
-        # From pinned memory, so that the host does not wait for the GPU.
-        return column.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else column
+        return to_device(torch.tensor(values, dtype=dtype), self._device)
 
     def apply(self, logits: torch.Tensor, steps: Sequence[int]) -> None:
         """`logits` [batch, vocab], changed in place: PAUSE becomes the argmax of rows whose gate opens, impossible in
