@@ -24,6 +24,8 @@ def test_reports_arrive_whatever_their_size(receiver, candidates):
     ids = [2**31 - 1 - index for index in range(candidates)]
     probs = [0.123456789] * candidates
     reports = [(key, 7, 3.5, ids, probs) for key in range(64)]
+    for key in range(64):
+        receiver.expect(key)
     # A full queue blocks the sender until the receiver reads.
     sending = threading.Thread(target=sender.send, args=(reports, EngineStep(1.0, 2.0, 3.0, 64)), daemon=True)
     sending.start()
@@ -39,16 +41,27 @@ def test_reports_arrive_whatever_their_size(receiver, candidates):
 def test_the_latest_report_of_a_row_counts_and_only_for_its_step(receiver, monkeypatch):
     monkeypatch.setattr(channel, "REPORT_S", 0.05)
     sender = GateSender(receiver.path)
+    receiver.expect(1)
     sender.send([(1, 4, 2.0, [5, 6], [0.5, 0.4])])
     sender.send([(1, 5, 2.5, [7, 8], [0.5, 0.4])])
     assert asyncio.run(receiver.take(1, 5)).candidate_ids == (7, 8)
-    with pytest.raises(LookupError, match="step 5"):
-        asyncio.run(receiver.take(1, 5))
+    with pytest.raises(LookupError, match="step 6"):
+        asyncio.run(receiver.take(1, 6))
+
+
+def test_reports_that_nobody_expects_are_not_kept(receiver):
+    sender = GateSender(receiver.path)
+    receiver.expect(1)
+    receiver.forget(1)
+    sender.send([(1, 4, 2.0, [5, 6], [0.5, 0.4])])
+    receiver.drain()
+    assert not receiver._latest
 
 
 def test_a_report_may_come_after_its_token(receiver):
     """On a GPU the thread that sends it races with vLLM's output; earlier steps of the row are no answer."""
     sender = GateSender(receiver.path)
+    receiver.expect(1)
 
     async def late():
         asyncio.get_running_loop().add_reader(receiver.fileno(), receiver.drain)

@@ -1,9 +1,14 @@
 """The gated engine against plain vLLM's greedy decoding, and the row's end in every form. Float32 throughout."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 
 import pytest
-from conftest import Chooser, first_candidate, last_candidate, plain_vllm, prepared_demo_rows
+from conftest import CHECKOUT, Chooser, first_candidate, last_candidate, plain_vllm, prepared_demo_rows
+from runner_v2.decode import outcomes
 
 from agd_vllm.records import PreparedRow, Roi, Span
 
@@ -169,3 +174,37 @@ def test_nan_scores_fall_back_to_the_greedy_token_and_are_counted(engine, rows, 
     decoded = engine.decode(rows[:3], Chooser(broken), tau=0.0)
     assert_equal(decoded, plain[0][:3])
     assert engine.faults.counts["nan_scores"] == sum(row.num_guided for row in decoded) > 0
+
+
+@pytest.mark.parametrize("scheduling", ["one step at a time", pytest.param("async", marks=pytest.mark.long)])
+def test_model_runner_v2_decodes_alike(engine, smollm2, tmp_path, scheduling):
+    """The runner that GPUs have, its kernels interpreted: prompts in chunks, fewer sessions and blocks than rows."""
+    job = {
+        "model": str(smollm2),
+        "count": 6,
+        "max_tokens": 16,
+        "engine_args": {
+            "async_scheduling": scheduling == "async",
+            "max_num_batched_tokens": 48,
+            "max_num_seqs": 4,
+            "block_size": 32,
+            "num_gpu_blocks_override": 34,
+            "kv_cache_memory_bytes": None,
+        },
+        "output": str(tmp_path / "rows.json"),
+    }
+    site = str(CHECKOUT / "tests/runner_v2/site")
+    environment = {"PYTHONPATH": site, "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    command = [sys.executable, str(CHECKOUT / "tests/runner_v2/decode.py")]
+    subprocess.run(command, input=json.dumps(job), text=True, check=True, env=os.environ | environment, timeout=580)
+    result = json.loads((tmp_path / "rows.json").read_text())
+    assert (result["v2"], result["async"]) == (True, scheduling == "async")
+    expected = outcomes(engine, smollm2, job["count"], job["max_tokens"])
+    assert sum(len(row["steps"]) for row in expected) > 40
+    for ours, theirs in zip(result["rows"], expected, strict=True):
+        assert (ours["token_ids"], ours["finish_reason"]) == (theirs["token_ids"], theirs["finish_reason"])
+        for (step, entropy, *candidates), (its_step, its_entropy, *its_candidates) in zip(
+            ours["steps"], theirs["steps"], strict=True
+        ):
+            assert (step, candidates) == (its_step, its_candidates)
+            assert entropy == pytest.approx(its_entropy, rel=1e-4)

@@ -15,13 +15,7 @@ OWN = {
     "seed": "--seed",
     "trust_remote_code": "--trust-remote-code",
 }
-FIXED = (
-    "logits_processors",
-    "disable_hybrid_kv_cache_manager",
-    "async_scheduling",
-    "scheduling_policy",
-    "speculative_config",
-)
+FIXED = ("logits_processors", "disable_hybrid_kv_cache_manager", "scheduling_policy", "speculative_config")
 
 
 def gpus_per_engine(given: dict[str, Any]) -> int:

@@ -94,7 +94,8 @@ class GateSender:
 
 
 class GateReceiver:
-    """The actor's end. Keeps the latest report and the latest choice of each row key, and all entropies of some.
+    """The actor's end. Keeps the latest report of each expected key, the latest choice of each row's, and all entropies
+    of some.
 
     The processor also reports rows of unfinished chunked prefills, whose sample vLLM discards: a report counts only
     when its row's PAUSE arrives, and is looked up by (key, step).
@@ -107,7 +108,7 @@ class GateReceiver:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(self.path)
         self._socket.setblocking(False)
-        self._latest: dict[int, Gate] = {}
+        self._latest: dict[int, Gate | None] = {}
         self._choices: dict[int, tuple[int, int]] = {}
         self._entropies: dict[int, dict[int, float]] = {}
         self._awaited: dict[int, asyncio.Event] = {}
@@ -123,7 +124,8 @@ class GateReceiver:
             while True:
                 datagram: Datagram = self._decoder.decode(self._socket.recv(MAX_DATAGRAM))
                 for key, step, entropy, ids, probs in datagram.reports:
-                    self._latest[key] = Gate(step, entropy, tuple(ids), tuple(probs))
+                    if key in self._latest:
+                        self._latest[key] = Gate(step, entropy, tuple(ids), tuple(probs))
                     if key in self._awaited:
                         self._awaited[key].set()
                 for key, step, token_id in datagram.choices:
@@ -134,8 +136,12 @@ class GateReceiver:
                 if datagram.step is not None:
                     self._on_step(datagram.step)
 
+    def expect(self, key: int) -> None:
+        """Keeps reports of `key` until `forget`."""
+        self._latest[key] = None
+
     async def take(self, key: int, step: int) -> Gate:
-        """The report of row `key` at output step `step`; waits if it is still on its way.
+        """The report of `key` at output step `step`; waits if it is still on its way.
 
         Raises LookupError when there is none.
         """
@@ -143,7 +149,7 @@ class GateReceiver:
         arrived = self._awaited[key] = asyncio.Event()
         try:
             async with asyncio.timeout(REPORT_S):
-                while (gate := self._latest.pop(key, None)) is None or gate.step != step:
+                while (gate := self._latest.get(key)) is None or gate.step != step:
                     arrived.clear()
                     await arrived.wait()
         except TimeoutError as error:

@@ -94,6 +94,8 @@ class Engine:
         ]
         if config.use_v2_model_runner:
             self._max_held_stops = _max_held_stops()
+        elif config.scheduler_config.async_scheduling:
+            raise ValueError("--engine-arg async_scheduling: only with vLLM's Model Runner V2; leave it out")
         if not _on_cpu():
             check_gpu(config)
         self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
@@ -119,7 +121,7 @@ class Engine:
             "disable_log_stats": True,
             # One block size for all layers: admission counts blocks of one kind.
             "disable_hybrid_kv_cache_manager": True,
-            # A session preempted while its PAUSE is in flight would be lost.
+            # With it each pause wastes one row of a step.
             "async_scheduling": False,
         }
         if gpus_per_engine(settings.engine_args) > 1:
@@ -127,7 +129,11 @@ class Engine:
             args["distributed_executor_backend"] = "mp"
         if _on_cpu() and "gpu_memory_utilization" not in settings.engine_args:
             args["kv_cache_memory_bytes"] = int(psutil.virtual_memory().total * CPU_MEMORY_SHARE)
-        return args | settings.engine_args
+        args |= settings.engine_args
+        if settings.processors:
+            # They count a row's tokens in Model Runner V1's lists, which run ahead with it.
+            args["async_scheduling"] = False
+        return args
 
     def limit_attribution(self, cache_tokens: int | None) -> None:
         """Gated rows are admitted only while the attribution workers' caches could hold them all; None: no limit."""
@@ -145,17 +151,21 @@ class Engine:
 
         self._check_stops(row)
         async with self._admission.reserve(row, gated):
-            key = next(self._keys)
             params = None
             if gated:
                 gate = self._gate
                 params = GateParams(
-                    key, len(row.prompt_token_ids), self._model.pause_id, gate.tau, gate.top_k, gate.min_prob
+                    next(self._keys),
+                    len(row.prompt_token_ids),
+                    self._model.pause_id,
+                    gate.tau,
+                    gate.top_k,
+                    gate.min_prob,
                 )
             elif entropies:
-                params = EntropyParams(key, len(row.prompt_token_ids))
-                self._receiver.record_entropies(key)
-            session = self._open(row, stops, params, key)
+                params = EntropyParams(next(self._keys), len(row.prompt_token_ids))
+                self._receiver.record_entropies(params.key)
+            session = self._open(row, stops, params)
             try:
                 with self.occupancy.session():
                     yield session
@@ -180,10 +190,10 @@ class Engine:
 
         beside = replace(row, prompt_token_ids=without_region, stop=())
         async with self._admission.reserve(row, False, beside):
-            keys, slot = (next(self._keys), next(self._keys)), self._pair_slots.pop()
+            key, slot = next(self._keys), self._pair_slots.pop()
             params = [
                 ContrastParams(
-                    keys[0],
+                    key,
                     slot,
                     sequence is row,
                     len(sequence.prompt_token_ids),
@@ -194,9 +204,9 @@ class Engine:
                 for sequence in (row, beside)
             ]
             follower_stops = stops.follower()
-            leader = self._open(row, stops, params[0], keys[0])
-            follower = self._open(beside, follower_stops, params[1], keys[1])
-            pair = PairSession(leader, follower, self._receiver, keys[0], stops, follower_stops)
+            leader = self._open(row, stops, params[0])
+            follower = self._open(beside, follower_stops, params[1])
+            pair = PairSession(leader, follower, self._receiver, key, stops, follower_stops)
             try:
                 with self.occupancy.session():
                     yield pair
@@ -204,11 +214,11 @@ class Engine:
                 self._pair_slots.append(slot)
                 await pair.close()
 
-    def _open(self, row: PreparedRow, stops, params, key: int):
+    def _open(self, row: PreparedRow, stops, params):
         from agd_vllm.engine.session import Session
 
         deadline_s, sign = self._settings.deadline_s, self.occupancy.sign_of_life
-        return Session(self._llm, self._receiver, row, stops, params, key, deadline_s, sign)
+        return Session(self._llm, self._receiver, row, stops, params, self._keys, deadline_s, sign)
 
     def _trace_step(self, step: EngineStep) -> None:
         gate_ms = round(step.gate_seconds * 1e3, 3)

@@ -25,7 +25,7 @@ EXTRA_ARG = "agd"
 class GateParams(msgspec.Struct, frozen=True):
     """What a request carries in `SamplingParams.extra_args["agd"]`; requests without it are left untouched.
 
-    `key` names the row in reports; `prompt_len` is the length of its original prompt, so that
+    `key` names the row in reports, anew after each pause; `prompt_len` is the length of its original prompt, so that
     step = tokens so far - prompt_len; `pause_id` is masked at open steps and forced at gated ones.
     """
 

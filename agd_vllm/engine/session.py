@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 
+import msgspec
 from vllm import SamplingParams
 from vllm.engine.protocol import StreamingInput
 from vllm.inputs import TokensPrompt
@@ -36,7 +37,7 @@ class Session:
         row: PreparedRow,
         stops: StopCheck,
         params: GateParams | ContrastParams | EntropyParams | None,
-        key: int,
+        keys: Iterator[int],
         deadline_s: float,
         sign_of_life: Callable[[], None],
     ):
@@ -44,14 +45,17 @@ class Session:
         self._stops = stops
         self._params = params
         self._pause_id = params.pause_id if params else None
-        self._key = key
         self._receiver = receiver
+        self._keys = keys
+        self._key = params.key if params else None
+        if isinstance(params, GateParams):
+            receiver.expect(self._key)
         self._deadline_s = deadline_s
         self._sign_of_life = sign_of_life
         self._chunks: asyncio.Queue[StreamingInput | None] = asyncio.Queue()
         # A new list, because vLLM extends it in place; with the output so far, where an earlier session stalled.
         self._chunks.put_nowait(self._chunk(row.prompt_token_ids + stops.token_ids))
-        self._outputs = llm.generate(self._inputs(), self._sampling_params(), request_id=f"{key}")
+        self._outputs = llm.generate(self._inputs(), self._sampling_params(), request_id=f"{next(keys)}")
         self.num_cached_tokens: int | None = None
 
     async def _inputs(self) -> AsyncGenerator[StreamingInput, None]:
@@ -106,8 +110,17 @@ class Session:
         """Takes `token_id` at the paused step: ends the row (returned) or sends it to vLLM, which decodes on."""
         if reason := self._stops.add(token_id):
             return Finished(reason)
+        if isinstance(self._params, GateParams):
+            self._take_new_key()
         self._chunks.put_nowait(self._chunk([token_id]))
         return None
+
+    def _take_new_key(self) -> None:
+        # With async scheduling vLLM has begun the step after PAUSE when it hears of it: a report of what never was.
+        self._receiver.forget(self._key)
+        self._key = next(self._keys)
+        self._params = msgspec.structs.replace(self._params, key=self._key)
+        self._receiver.expect(self._key)
 
     def entropies(self, steps: range) -> list[float]:
         """Entropies of tokens that this session has decoded, nats, where they are recorded (EntropyParams)."""
@@ -115,6 +128,7 @@ class Session:
 
     async def close(self) -> None:
         """Ends the session in vLLM, finished or not, and frees its slot and blocks."""
-        self._receiver.forget(self._key)
+        if self._key is not None:
+            self._receiver.forget(self._key)
         self._chunks.put_nowait(None)
         await self._outputs.aclose()
