@@ -178,17 +178,17 @@ def test_nan_scores_fall_back_to_the_greedy_token_and_are_counted(engine, rows, 
 
 @pytest.mark.parametrize("scheduling", ["one step at a time", pytest.param("async", marks=pytest.mark.long)])
 def test_model_runner_v2_decodes_alike(engine, smollm2, tmp_path, scheduling):
-    """The runner that GPUs have, its kernels interpreted: prompts in chunks, fewer sessions and blocks than rows."""
+    """The runner that GPUs have, its kernels interpreted: prompts in chunks, and blocks for a few rows at a time."""
     job = {
         "model": str(smollm2),
         "count": 6,
-        "max_tokens": 16,
+        "max_tokens": 24,
         "engine_args": {
             "async_scheduling": scheduling == "async",
+            "max_model_len": 256,
             "max_num_batched_tokens": 48,
-            "max_num_seqs": 4,
             "block_size": 32,
-            "num_gpu_blocks_override": 34,
+            "num_gpu_blocks_override": 20,
             "kv_cache_memory_bytes": None,
         },
         "output": str(tmp_path / "rows.json"),
