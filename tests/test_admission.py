@@ -1,15 +1,11 @@
 """Admission: worst-case blocks and slots are reserved, in the order of arrival, and handed back whatever happens."""
 
 import asyncio
-from types import SimpleNamespace
 
 import pytest
 
-from agd_vllm.engine import engine as engine_module
 from agd_vllm.engine.admission import Admission
-from agd_vllm.engine.engine import Engine, EngineSettings, GateSettings
 from agd_vllm.records import PreparedRow, Roi, RowRefused
-from agd_vllm.trace import Tracer
 
 
 def row(tokens: int) -> PreparedRow:
@@ -175,22 +171,3 @@ def test_a_row_of_two_sequences_in_an_engine_of_one_is_refused():
             pass
 
     run(scenario)
-
-
-@pytest.mark.parametrize(("min_tokens", "stops", "refused"), [(3, 126, False), (3, 127, True), (0, 500, False)])
-def test_stop_tokens_that_vllm_could_not_hold_back_are_refused(min_tokens, stops, refused):
-    """Of a GPU's model runner, which would end with such a row; the model's own and PAUSE count, too."""
-    model = SimpleNamespace(eos_ids=frozenset({1}), pause_id=2)
-    engine = Engine(model, EngineSettings(), GateSettings(), Tracer(False))
-    engine._max_held_stops = engine_module._max_held_stops()
-    given = PreparedRow("a", [5], Roi(), 9, min_tokens, stop_token_ids=tuple(range(3, 3 + stops)))
-
-    async def enter() -> None:
-        async with engine.session(given, gated=True, stops=None):
-            pass
-
-    if refused:
-        with pytest.raises(RowRefused, match="make 129 stop tokens, with min_tokens vLLM takes at most 128"):
-            asyncio.run(enter())
-    else:
-        engine._check_stops(given)

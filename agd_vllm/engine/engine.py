@@ -72,6 +72,7 @@ class Engine:
         self._tracer = tracer
         self.occupancy = Occupancy()
         self._keys = itertools.count()
+        # How many stop tokens the model runner masks until a row has its min_tokens.
         self._max_held_stops = sys.maxsize
 
     def start(self) -> None:
@@ -87,15 +88,7 @@ class Engine:
         args = AsyncEngineArgs(**self._engine_args())
         # vLLM's sizes of a batch for offline use, as in vllm.LLM.
         config = args.create_engine_config(UsageContext.LLM_CLASS)
-        # Which model runner vLLM takes depends on all of its configuration.
-        config.model_config.logits_processors = [
-            GATE_PROCESSORS[config.use_v2_model_runner],
-            *self._settings.processors,
-        ]
-        if config.use_v2_model_runner:
-            self._max_held_stops = _max_held_stops()
-        elif config.scheduler_config.async_scheduling:
-            raise ValueError("--engine-arg async_scheduling: only with vLLM's Model Runner V2; leave it out")
+        self._fit_model_runner(config)
         if not _on_cpu():
             check_gpu(config)
         self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
@@ -108,6 +101,19 @@ class Engine:
             self.max_model_len,
         )
         self._pair_slots = list(range(self.max_sessions // 2))
+
+    def _fit_model_runner(self, config: Any) -> None:
+        """Installs the processors for the model runner that vLLM takes, which depends on all of its configuration."""
+        v2, processors = config.use_v2_model_runner, self._settings.processors
+        if v2 and processors:
+            raise ValueError("VLLM_USE_V2_MODEL_RUNNER=1: this strategy needs Model Runner V1; leave it out")
+        if config.scheduler_config.async_scheduling and not v2:
+            raise ValueError("--engine-arg async_scheduling: only with vLLM's Model Runner V2; leave it out")
+        config.model_config.logits_processors = [GATE_PROCESSORS[v2], *processors]
+        if v2:
+            from vllm.v1.worker.gpu.sample.logit_bias import MAX_NUM_STOP_TOKEN_IDS
+
+            self._max_held_stops = MAX_NUM_STOP_TOKEN_IDS
 
     def _engine_args(self) -> dict[str, Any]:
         settings = self._settings
@@ -261,13 +267,6 @@ def check_gpu(config: Any) -> None:
         "gpu_memory_utilization or tensor_parallel_size, or more GPUs"
     )
     check_room("an engine", needs, int(share * total), total, remedies)
-
-
-def _max_held_stops() -> int:
-    """How many stop tokens Model Runner V2 masks until a row has its min_tokens."""
-    from vllm.v1.worker.gpu.sample.logit_bias import MAX_NUM_STOP_TOKEN_IDS
-
-    return MAX_NUM_STOP_TOKEN_IDS
 
 
 def _on_cpu() -> bool:
