@@ -13,9 +13,9 @@ demo: $(VENV)/.ready $(MODEL)/model.safetensors
 	$(BIN)/agd-vllm decode examples/demo.jsonl --model $(MODEL) --output runs/demo --max-model-len 2048 \
 		--engine-arg enforce_eager=true
 
-# Two files at a time, in their order: most of the time goes to engines that start, on one core each.
+# Two files at a time: most of the time goes to engines that start, on one core each.
 test: $(VENV)/.ready lint $(MODEL)/model.safetensors
-	$(BIN)/python -m pytest tests -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests -m "not long" -n 2 --dist loadfile
 
 # What `make test` leaves out for its time: runs of the real thing whose parts other tests cover.
 long: $(VENV)/.ready $(MODEL)/model.safetensors
