@@ -1,4 +1,4 @@
-# `make demo` needs nothing but Python 3.11 or 3.12 and the package index, `make test` a C compiler besides.
+# `make demo` needs nothing but Python 3.11 or 3.12 and the package index, `make test` a C compiler and chromium.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
