@@ -12,6 +12,7 @@ from agd_vllm.commands.calibrate import calibrate
 from agd_vllm.commands.decode import decode
 from agd_vllm.commands.evaluate import evaluate
 from agd_vllm.commands.heads import heads
+from agd_vllm.commands.lm_eval import lm_eval
 from agd_vllm.commands.model import model
 from agd_vllm.commands.process import OTHER, UNUSABLE
 from agd_vllm.commands.report import report
@@ -24,7 +25,7 @@ def cli() -> None:
     """Attribution-guided decoding (AGD) of whole datasets on vLLM and Ray."""
 
 
-for command in (decode, evaluate, report, attribute, calibrate, heads, model):
+for command in (decode, evaluate, report, attribute, calibrate, heads, lm_eval, model):
     cli.add_command(command)
 
 
@@ -48,9 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
 def _fail_with(error: Exception) -> int:
     from ray.exceptions import RayError
 
-    from agd_vllm.reader import InputUnusable
-    from agd_vllm.storage import OutputFailed
-    from agd_vllm.summary import OutputUnusable
+    from agd_vllm.input.reader import InputUnusable
+    from agd_vllm.output.storage import OutputFailed
+    from agd_vllm.output.summary import OutputUnusable
 
     # An actor's ValueError comes as one, too, and is none of the arguments'.
     if isinstance(error, ValueError | InputUnusable | OutputUnusable) and not isinstance(error, RayError):

@@ -27,9 +27,9 @@ import click
 import torch
 from transformers.utils import logging
 
-from agd_vllm import demo_model
 from agd_vllm.attribution.forward import ForwardScorer
 from agd_vllm.attribution.reference import ReferenceScorer
+from agd_vllm.models import demo
 from agd_vllm.records import Roi, ScoreRequest, Span
 from benchmarks import random_model
 from benchmarks.machine import describe
@@ -219,7 +219,7 @@ def main(output, model, shape, dtype, contexts, lxt_contexts, batches):
         if shape:
             model = str(random_model.write(random_model.SHAPES[shape], Path(folder) / shape))
             _free()
-        model = model or str(demo_model.fetch(DEMO_MODEL, Path(".cache/models") / DEMO_MODEL))
+        model = model or str(demo.fetch(DEMO_MODEL, Path(".cache/models") / DEMO_MODEL))
         measured = list(points(model, contexts, lxt_contexts, batches, dtype))
     result = {
         "points": measured,

@@ -13,7 +13,7 @@ import time
 import click
 
 from agd_vllm import Decoder
-from agd_vllm.reader import read_rows
+from agd_vllm.input.reader import read_rows
 from agd_vllm.records import DecodedRow
 from benchmarks.comparison import write_comparison
 from benchmarks.plain import PlainVLLM, side_by_side

@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from agd_vllm import Decoder
-from agd_vllm.reader import read_rows
+from agd_vllm.input.reader import read_rows
 from agd_vllm.records import DecodedRow
 from benchmarks.machine import describe
 

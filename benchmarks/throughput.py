@@ -27,7 +27,7 @@ import click
 import torch
 
 from agd_vllm import Decoder
-from agd_vllm.reader import read_rows
+from agd_vllm.input.reader import read_rows
 from agd_vllm.records import DecodedRow, InputRow
 from benchmarks.machine import describe
 from benchmarks.plain import PlainVLLM, side_by_side

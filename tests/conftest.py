@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from agd_vllm import demo_model
+from agd_vllm.models import demo
 from agd_vllm.records import Gate, PreparedRow
 
+pytest_plugins = ["made_decoding"]
 # In a process of their own (test_triton_kernels.py): Triton interprets either all or nothing.
 # By hand: TRITON_INTERPRET=1 pytest tests/interpreted
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
@@ -28,15 +29,15 @@ ENGINE_ARGS = {"enforce_eager": True, "max_model_len": 1024, "kv_cache_memory_by
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct, as `make demo` prepares it."""
-    return demo_model.fetch("smollm2-135m-instruct", CHECKOUT / ".cache/models/smollm2-135m-instruct")
+    return demo.fetch("smollm2-135m-instruct", CHECKOUT / ".cache/models/smollm2-135m-instruct")
 
 
 def prepared_demo_rows(model: Path, count: int, max_tokens: int) -> list[PreparedRow]:
     """The first demo rows as the engine takes them, with their regions."""
-    from agd_vllm.chat import load_tokenizer
-    from agd_vllm.prepare import Preparer
-    from agd_vllm.reader import read_rows
-    from agd_vllm.schema import parse_selector_option
+    from agd_vllm.input.reader import read_rows
+    from agd_vllm.input.schema import parse_selector_option
+    from agd_vllm.prompts.prepare import Preparer
+    from agd_vllm.prompts.tokenizer import load_tokenizer
 
     preparer = Preparer(
         load_tokenizer(str(model)),
@@ -97,7 +98,7 @@ class EngineThread:
     def __init__(self, model: Path, processors: tuple[str, ...] = (), **engine_args: Any):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from agd_vllm.engine.engine import Engine, EngineSettings, GateSettings
-        from agd_vllm.model import inspect_model
+        from agd_vllm.models.inspect import inspect_model
         from agd_vllm.trace import Tracer
 
         self.info, self.tokenizer = inspect_model(str(model), pauses=True)

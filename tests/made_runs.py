@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from agd_vllm.output.relevance_writer import RelevanceWriter, TokenRelevance
+from agd_vllm.output.summary import count_outputs, open_run, write_summary
+from agd_vllm.output.writer import RunWriter
 from agd_vllm.records import DecodedRow, GuidedStep, Span
-from agd_vllm.relevance_writer import RelevanceWriter, TokenRelevance
-from agd_vllm.summary import count_outputs, open_run, write_summary
-from agd_vllm.writer import RunWriter
 
 
 def made_row(
@@ -59,3 +59,10 @@ def write_relevance(directory: Path, row: DecodedRow, step: int) -> None:
     ]
     with RelevanceWriter(str(directory)) as writer:
         writer.add(row.id, relevances)
+
+
+def decoded(id, metadata="null"):
+    """A row as the decoder would hand it over, a function of its id."""
+    length = sum(id.encode()) % 5
+    steps = [GuidedStep(i, 2.5, [i, i + 1], [0.5, 0.25], [0.1, -0.2], i + i % 2, i) for i in range(length)]
+    return DecodedRow(id, f"ü{id}", list(range(length)), [1, 2, 3], (Span(0, 2, -0.5),), "length", steps, metadata)

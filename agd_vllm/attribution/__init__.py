@@ -1,1 +1,2 @@
-"""Attribution: the scorers that tell how much a candidate token draws on the region of interest."""
+"""Scorers of candidates by their relevance to a region, and the pool of workers that run them. Imports `kernels`,
+`models` and below; never `engine`."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from agd_vllm.attribution.architectures import TEXT_MODEL, check_supported
+from agd_vllm.models.architectures import TEXT_MODEL, check_supported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 
 from agd_vllm.attribution import lxt_compat
-from agd_vllm.attribution.architectures import check_supported
 from agd_vllm.attribution.hf_model import load_config, load_model
 from agd_vllm.attribution.regions import check_roi, heads_by_layer, token_weights
+from agd_vllm.models.architectures import check_supported
 from agd_vllm.records import ScoreRequest
 
 MAX_BATCH_TOKENS = 2048

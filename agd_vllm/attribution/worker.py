@@ -130,7 +130,7 @@ def _cache_bytes(model: str, revision: str | None, trust_remote_code: bool, sett
 
     from agd_vllm.attribution.forward import PASS_TOKENS
     from agd_vllm.attribution.hf_model import load_config, weight_dtype
-    from agd_vllm.gpu_memory import CACHE_PART, LEAST_CACHE_BYTES, check_room, worker_needs
+    from agd_vllm.models.gpu_memory import CACHE_PART, LEAST_CACHE_BYTES, check_room, worker_needs
 
     config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     free, total = torch.cuda.mem_get_info()

@@ -1,1 +1,1 @@
-"""The commands of `agd-vllm`, a file each; thin layers, imported by `agd_vllm.cli` only."""
+"""The commands of `agd-vllm`, a file each: thin layers over everything below, imported by `agd_vllm.cli` only."""

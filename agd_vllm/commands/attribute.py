@@ -64,10 +64,10 @@ def attribute(
         _check_input(inputs, output, model)
     else:
         _check_run(ctx, inputs, output)
+    from agd_vllm.output.summary import count_outputs
     from agd_vllm.pipeline.options import DecoderOptions
     from agd_vllm.pipeline.relevance import RelevanceSettings, attribute_run
     from agd_vllm.pipeline.run import RunSettings, run_dataset
-    from agd_vllm.summary import count_outputs
 
     end_as_interrupt()
     failed = 0

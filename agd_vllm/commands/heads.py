@@ -43,7 +43,7 @@ def heads(
     from transformers.utils.logging import disable_progress_bar
 
     from agd_vllm.evaluation.head_ranking import HeadRanking, read_questions
-    from agd_vllm.model import inspect_model
+    from agd_vllm.models.inspect import inspect_model
 
     questions = read_questions(source, limit)
     info, tokenizer = inspect_model(model, attribution=True, trust_remote_code=trust_remote_code)

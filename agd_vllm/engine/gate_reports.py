@@ -6,15 +6,13 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from agd_vllm.engine.channel import EngineStep, GateSender, Report
+from agd_vllm.engine.gate_params import GateParams
 from agd_vllm.kernels.gate import GateDecision
-
-if TYPE_CHECKING:
-    from agd_vllm.engine.gate import GateParams
 
 log = logging.getLogger("agd_vllm")
 

@@ -10,7 +10,8 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from agd_vllm.engine.batch_rows import BatchRow, new_row
-from agd_vllm.engine.gate import EXTRA_ARG, BatchGate, GateParams, gate_params
+from agd_vllm.engine.gate import BatchGate
+from agd_vllm.engine.gate_params import EXTRA_ARG, GateParams, gate_params
 
 
 class GateProcessorV1(LogitsProcessor):

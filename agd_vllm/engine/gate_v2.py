@@ -9,7 +9,8 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor, LogitsProcRequestState
 
-from agd_vllm.engine.gate import BatchGate, GateParams, gate_params
+from agd_vllm.engine.gate import BatchGate
+from agd_vllm.engine.gate_params import GateParams, gate_params
 
 
 class GateProcessorV2(LogitsProcessor):

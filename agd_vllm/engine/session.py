@@ -16,7 +16,7 @@ from agd_vllm.engine.channel import GateReceiver
 from agd_vllm.engine.contrast import ContrastParams
 from agd_vllm.engine.entropies import EntropyParams
 from agd_vllm.engine.events import Finished, SessionFailed, SessionStalled
-from agd_vllm.engine.gate import GateParams
+from agd_vllm.engine.gate_params import GateParams
 from agd_vllm.engine.stops import StopCheck
 from agd_vllm.records import Gate, PreparedRow
 

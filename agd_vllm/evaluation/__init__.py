@@ -1,1 +1,2 @@
-"""Evaluation: published benchmarks as rows with regions, their checkers, a table over strategies, and head rankings."""
+"""Published benchmarks as rows with regions, their checkers, a table over strategies, head rankings. Imports `pipeline`
+and below; never `reporting`."""

@@ -14,11 +14,11 @@ from agd_vllm.evaluation.scoring import Scores, check_metadata, score
 from agd_vllm.evaluation.strategies import Strategy
 from agd_vllm.evaluation.suites import Row, read_suite
 from agd_vllm.evaluation.table import markdown, record
+from agd_vllm.input.schema import row_id
+from agd_vllm.output.storage import OutputDirectory
+from agd_vllm.output.summary import OutputUnusable, open_run
 from agd_vllm.pipeline.decoder import Decoder, DecoderOptions
 from agd_vllm.pipeline.run import RunSettings, run_dataset, run_identity
-from agd_vllm.schema import row_id
-from agd_vllm.storage import OutputDirectory
-from agd_vllm.summary import OutputUnusable, open_run
 
 ROWS, ROWS_WITHOUT_REGION = "rows.jsonl", "rows-without-region.jsonl"
 TABLE_JSON, TABLE_MARKDOWN = "table.json", "table.md"

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from agd_vllm.attribution.reference import ReferenceScorer
 from agd_vllm.evaluation import natural_questions
 from agd_vllm.evaluation.suites import numbered, read_records
-from agd_vllm.prepare import Preparer
+from agd_vllm.prompts.prepare import Preparer
 from agd_vllm.records import InputRow, RowRefused
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from agd_vllm.storage import OutputDirectory
-from agd_vllm.summary import SUMMARY
+from agd_vllm.output.storage import OutputDirectory
+from agd_vllm.output.summary import SUMMARY
 
 
 @dataclass(frozen=True, slots=True)

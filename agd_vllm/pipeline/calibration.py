@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from agd_vllm.input.reader import check_inputs, read_rows
+from agd_vllm.output.storage import OutputDirectory
+from agd_vllm.output.summary import OutputUnusable
 from agd_vllm.pipeline.decoder import Decoder
 from agd_vllm.pipeline.options import DecoderOptions
 from agd_vllm.pipeline.progress import ProgressLine
-from agd_vllm.reader import check_inputs, read_rows
 from agd_vllm.records import DecodedRow, InputRow, RowError
-from agd_vllm.storage import OutputDirectory
-from agd_vllm.summary import OutputUnusable
 
 ENTROPIES, PLOT, TAU = "entropy.parquet", "entropy.png", "tau.json"
 SCHEMA = pa.schema([("id", pa.string()), ("step", pa.int32()), ("entropy", pa.float32())])

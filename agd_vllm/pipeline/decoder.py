@@ -12,17 +12,17 @@ from agd_vllm.attribution.worker import AttributionSettings, WorkerInfo
 from agd_vllm.engine.arguments import check_engine_args, gpus_per_engine
 from agd_vllm.engine.engine import EngineSettings, GateSettings
 from agd_vllm.faults import FaultLog
-from agd_vllm.heads import read_head_set
-from agd_vllm.model import inspect_model
+from agd_vllm.input.reader import check_rows
+from agd_vllm.input.schema import parse_selector_option
+from agd_vllm.models.inspect import inspect_model
 from agd_vllm.pipeline import placement
 from agd_vllm.pipeline.fleet import Fleet, kill, loaded
 from agd_vllm.pipeline.options import DecoderOptions
 from agd_vllm.pipeline.source import Source
 from agd_vllm.pipeline.teams import Demand, teams
-from agd_vllm.prepare import Preparer
-from agd_vllm.reader import check_rows
+from agd_vllm.prompts.heads import read_head_set
+from agd_vllm.prompts.prepare import Preparer
 from agd_vllm.records import DecodedRow, InputRow, RowError
-from agd_vllm.schema import parse_selector_option
 from agd_vllm.trace import TraceFile
 
 log = logging.getLogger("agd_vllm")

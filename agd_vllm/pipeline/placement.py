@@ -14,7 +14,7 @@ import ray
 
 from agd_vllm.attribution.worker import AttributionSettings, AttributionWorker
 from agd_vllm.engine.engine import EngineSettings, GateSettings
-from agd_vllm.model import ModelInfo
+from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.pipeline.cores import split_cores
 from agd_vllm.pipeline.replica import Replica
 from agd_vllm.pipeline.strategies import Strategy

@@ -12,13 +12,13 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from agd_vllm.model import ModelInfo, inspect_model
+from agd_vllm.models.inspect import ModelInfo, inspect_model
+from agd_vllm.output.relevance_writer import RELEVANCE, RELEVANCE_ERRORS, RelevanceWriter, TokenRelevance
+from agd_vllm.output.run_reader import RunReader
+from agd_vllm.output.summary import OutputUnusable, count_outputs, differences
 from agd_vllm.pipeline.relevance_fleet import Attributed, RelevanceFleet, Task
 from agd_vllm.pipeline.versions import versions
 from agd_vllm.records import DecodedRow
-from agd_vllm.relevance_writer import RELEVANCE, RELEVANCE_ERRORS, RelevanceWriter, TokenRelevance
-from agd_vllm.run_reader import RunReader
-from agd_vllm.summary import OutputUnusable, count_outputs, differences
 
 # Beside `relevance/`: what it was computed with, and, at the end, how much of it there is.
 DESCRIPTION = "relevance.json"

@@ -14,7 +14,7 @@ from ray.exceptions import RayTaskError
 
 from agd_vllm.attribution.worker import AttributionSettings, WorkerRelevance
 from agd_vllm.faults import last_line
-from agd_vllm.model import ModelInfo
+from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.pipeline import placement
 from agd_vllm.pipeline.fleet import kill, loaded
 from agd_vllm.pipeline.teams import Demand

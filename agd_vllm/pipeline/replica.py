@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from agd_vllm.attribution.pool import AttributionPool, WorkerLost
-from agd_vllm.chat import load_tokenizer
 from agd_vllm.engine.engine import Engine, EngineSettings, GateSettings
 from agd_vllm.engine.events import SessionFailed
 from agd_vllm.faults import Fault, FaultLog, last_line
-from agd_vllm.model import ModelInfo
+from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.pipeline.row_loop import decode_row
 from agd_vllm.pipeline.strategies import AGD, Strategy
+from agd_vllm.prompts.tokenizer import load_tokenizer
 from agd_vllm.records import DecodedRow, PreparedRow, RowRefused
 from agd_vllm.trace import Span, Tracer
 

@@ -1,46 +1,16 @@
-"""One row from prompt to result, whatever the strategy; a session that stalls is opened anew from the tokens so far."""
+"""One row from prompt to result, whatever the strategy."""
 
 from __future__ import annotations
-
-import itertools
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerFast
 
 from agd_vllm.attribution.pool import AttributionPool
 from agd_vllm.engine.engine import Engine
-from agd_vllm.engine.events import SessionStalled
 from agd_vllm.engine.stops import StopCheck
 from agd_vllm.faults import FaultLog
+from agd_vllm.pipeline.row_decoding import RowDecoding
 from agd_vllm.pipeline.strategies import AGD, Strategy
-from agd_vllm.records import DecodedRow, GuidedStep, PreparedRow
-
-# A row that stalls again and again is given up.
-SESSIONS_PER_ROW = 3
-
-
-@dataclass(slots=True)
-class RowDecoding:
-    """A row on its way: what a strategy works with, and what it adds tokens, guided steps and entropies to."""
-
-    engine: Engine
-    pool: AttributionPool | None
-    row: PreparedRow
-    stops: StopCheck
-    faults: FaultLog
-    steps: list[GuidedStep] = field(default_factory=list)
-    entropies: list[float] | None = None
-
-    async def in_sessions(self, run: Callable[[], Awaitable[str]]) -> str:
-        """Awaits `run`, which opens the row's session and decodes to its end, again after each stall."""
-        for attempt in itertools.count(1):
-            try:
-                return await run()
-            except SessionStalled:
-                self.faults.record("sessions_resubmitted", row=self.row.id, step=len(self.stops.token_ids))
-                if attempt == SESSIONS_PER_ROW:
-                    raise
+from agd_vllm.records import DecodedRow, PreparedRow
 
 
 async def decode_row(

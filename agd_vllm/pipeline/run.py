@@ -10,20 +10,20 @@ from typing import Any
 
 from rich.console import Console
 
-from agd_vllm.answers import given_answer, gives_answer
-from agd_vllm.dry_run import dry_run
-from agd_vllm.fingerprint import fingerprint
+from agd_vllm.input.fingerprint import fingerprint
+from agd_vllm.input.reader import check_inputs, read_rows
+from agd_vllm.output.storage import OutputFailed
+from agd_vllm.output.summary import count_outputs, open_run, write_summary
+from agd_vllm.output.writer import RunWriter
 from agd_vllm.pipeline.decoder import Decoder
 from agd_vllm.pipeline.options import DecoderOptions
 from agd_vllm.pipeline.progress import ProgressLine, print_summary
 from agd_vllm.pipeline.tally import Tally
 from agd_vllm.pipeline.versions import versions
-from agd_vllm.prepare import Preparer
-from agd_vllm.reader import check_inputs, read_rows
+from agd_vllm.prompts.answers import given_answer, gives_answer
+from agd_vllm.prompts.dry_run import dry_run
+from agd_vllm.prompts.prepare import Preparer
 from agd_vllm.records import InputRow, RowError, RowRefused
-from agd_vllm.storage import OutputFailed
-from agd_vllm.summary import count_outputs, open_run, write_summary
-from agd_vllm.writer import RunWriter
 
 # What may change between the invocations of one run: where it runs and what it tells, not what it decodes.
 NOT_IDENTITY = ("engines", "attribution_workers", "entropies", "log_json", "trace", "debug")

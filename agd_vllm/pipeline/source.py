@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 
 from agd_vllm.pipeline.replica import RowFailed
-from agd_vllm.prepare import Preparer
+from agd_vllm.prompts.prepare import Preparer
 from agd_vllm.records import DecodedRow, InputRow, PreparedRow, RowError, RowRefused
 
 # An input may be slow, or wait for its own source: after this many seconds what has come is enough.

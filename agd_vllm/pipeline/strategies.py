@@ -6,14 +6,12 @@ import math
 import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 from agd_vllm.engine.engine import CONTRAST_PROCESSOR, ENTROPY_PROCESSOR
 from agd_vllm.engine.events import Finished
+from agd_vllm.pipeline.row_decoding import RowDecoding
 from agd_vllm.records import Gate, GuidedStep, PreparedRow, Roi, RowRefused
-
-if TYPE_CHECKING:
-    from agd_vllm.pipeline.row_loop import RowDecoding
 
 
 class Strategy(ABC):

@@ -7,9 +7,9 @@ import time
 from collections import Counter
 from typing import Any
 
+from agd_vllm.output.storage import OutputDirectory
 from agd_vllm.pipeline.decoder import Decoder
 from agd_vllm.pipeline.progress import ProgressLine
-from agd_vllm.storage import OutputDirectory
 
 TIMES = "times.json"
 KEEP_SECONDS = 10.0

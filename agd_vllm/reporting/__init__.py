@@ -1,1 +1,1 @@
-"""`agd-vllm report`: a run as one HTML file. Reads run directories and a tokenizer; loads no model."""
+"""A run as one HTML file, without loading a model. Imports `pipeline` and below; never `evaluation`."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from agd_vllm.run_reader import RunReader
-from agd_vllm.summary import count_outputs
+from agd_vllm.output.run_reader import RunReader
+from agd_vllm.output.summary import count_outputs
 
 BINS = 28
 # What `summary.json` counts and measures: shown as cards, not as parameters.

@@ -7,15 +7,13 @@ from base64 import b64encode
 from collections.abc import Sequence
 from hashlib import sha256
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from agd_vllm.reporting.reported_run import ReportedRun
 from agd_vllm.reporting.texts import TextTable
-
-if TYPE_CHECKING:
-    from agd_vllm.reporting.report import ReportedRun
 
 PAGE_ROWS = 20
 

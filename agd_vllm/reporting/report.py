@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from agd_vllm.chat import load_tokenizer
-from agd_vllm.records import DecodedRow
-from agd_vllm.reporting.figures import Figures, figures
+from agd_vllm.output.run_reader import RunReader
+from agd_vllm.output.storage import OutputDirectory
+from agd_vllm.prompts.tokenizer import load_tokenizer
+from agd_vllm.reporting.figures import figures
 from agd_vllm.reporting.page import page
+from agd_vllm.reporting.reported_run import Relevance, ReportedRun
 from agd_vllm.reporting.rows import differences, encoded, natural_order, side
 from agd_vllm.reporting.texts import TextTable, TokenTexts
-from agd_vllm.run_reader import RunReader
-from agd_vllm.storage import OutputDirectory
 
 REPORT = "report.html"
 # Heat maps are most of a file: those of guided steps come first, and what does not fit is left out and counted.
 RELEVANCE_BYTES = 48 << 20
-
-# Step to token id to `encoded` relevance, of one row.
-Relevance = dict[int, dict[int, list[Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,30 +31,6 @@ class ReportSettings:
     max_rows: int = 500
     model: str | None = None
     trust_remote_code: bool = False
-
-
-@dataclass(slots=True)
-class ReportedRun:
-    """One run of a report; `left_out` heat maps found no room."""
-
-    reader: RunReader
-    name: str
-    figures: Figures
-    texts: TokenTexts
-    rows: dict[str, DecodedRow] = field(default_factory=dict)
-    relevance: dict[str, Relevance] = field(default_factory=dict)
-    left_out: int = 0
-
-    def subtitle(self) -> str:
-        ran = self.reader.parameters()
-        parts = [str(ran.get("model", "")), str(ran.get("strategy", ""))]
-        if ran.get("strategy") == "agd":
-            tau = "∞" if ran.get("tau") is None else f"{ran['tau']:g}"
-            parts += [f"τ = {tau}", str(ran.get("rule", ""))]
-        return " · ".join(filter(None, parts))
-
-    def attribute_command(self) -> str:
-        return f"agd-vllm attribute --run {shlex.quote(self.reader.directory)} --max-steps 16"
 
 
 def write_report(settings: ReportSettings) -> tuple[str, int, int]:

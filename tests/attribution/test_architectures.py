@@ -7,10 +7,10 @@ import tiny
 from transformers import GPT2Config, LlamaConfig
 
 from agd_vllm.attribution import rules
-from agd_vllm.attribution.architectures import ACTIVATIONS, SUPPORTED, check_supported
 from agd_vllm.attribution.forward import ForwardScorer
 from agd_vllm.attribution.hf_model import load_model
 from agd_vllm.attribution.scorer import load_scorer
+from agd_vllm.models.architectures import ACTIVATIONS, SUPPORTED, check_supported
 
 
 def refused(config) -> str:

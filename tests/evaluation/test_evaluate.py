@@ -8,8 +8,8 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 import torch
+from command_line import fails, run
 from conftest import CHECKOUT
-from test_cli import fails, run
 from transformers import AutoModelForCausalLM
 
 SYSTEM = "Use no commas. Answer in at least three words."

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
+from command_line import fails
 from conftest import CHECKOUT
-from test_cli import fails
 
-from agd_vllm.chat import load_tokenizer
 from agd_vllm.evaluation.head_ranking import HeadRanking, read_questions
 from agd_vllm.evaluation.suites import SuiteUnusable
-from agd_vllm.heads import read_head_set
+from agd_vllm.prompts.heads import read_head_set
+from agd_vllm.prompts.tokenizer import load_tokenizer
 
 FACTS = [
     ("who owns the red boat", "Ondine Farrow", "The red boat in the harbour belongs to Ondine Farrow."),

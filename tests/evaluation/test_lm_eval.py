@@ -8,7 +8,8 @@ import pytest
 from conftest import CHECKOUT
 from lm_eval.api.instance import Instance
 
-from agd_vllm.lm_eval import AGDModel, RequestRefused, main
+from agd_vllm.cli import main
+from agd_vllm.evaluation.lm_eval import AGDModel, RequestRefused
 
 TASK = """
 task: capitals
@@ -39,7 +40,7 @@ def command_line(tmp_path, smollm2, output_type="generate_until"):
 
 @pytest.mark.long
 def test_a_generation_task_end_to_end(tmp_path, smollm2):
-    command = [sys.executable, "-m", "agd_vllm.lm_eval", *command_line(tmp_path, smollm2)]
+    command = [sys.executable, "-m", "agd_vllm", "lm-eval", *command_line(tmp_path, smollm2)]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert "|capitals|" in done.stdout
@@ -54,9 +55,9 @@ def test_a_generation_task_end_to_end(tmp_path, smollm2):
 
 
 def test_likelihoods_are_refused_in_one_line(monkeypatch, capsys, tmp_path, smollm2):
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *command_line(tmp_path, smollm2, "loglikelihood")])
+    monkeypatch.setattr(sys, "argv", ["agd-vllm"])
     with pytest.raises(SystemExit) as ended:
-        main()
+        main(["lm-eval", *command_line(tmp_path, smollm2, "loglikelihood")])
     assert ended.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("agd-vllm: no likelihoods: AGD selects tokens")
 

@@ -1,0 +1,1 @@
+"""Input files to typed rows: formats, schema, ids seen before, fingerprints. Imports the records only."""

@@ -1,0 +1,134 @@
+"""What a run is and what came of it: `run.json`, `summary.json`, and the counts over a whole output directory."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from agd_vllm.output.storage import OutputDirectory, OutputFailed
+from agd_vllm.output.writer import ERRORS, LOCK
+
+RUN = "run.json"
+SUMMARY = "summary.json"
+_CHUNK_BYTES = 1 << 20
+
+
+class OutputUnusable(Exception):
+    """An output directory that this run must not write into, or cannot. One line: which, why, how to mend it."""
+
+
+def open_run(directory: str, identity: dict[str, Any], resume: bool) -> None:
+    """Claims a directory for the run that `identity` describes: a new or empty one, or with `resume` the same run's.
+
+    `identity` is JSON whose values decide what is decoded and how (model, strategy, parameters, inputs). It is kept in
+    `run.json`, and a later run is the same one if all its keys have the same values. Nothing in the directory is
+    changed but for `run.json`, which appears before anything else of the run.
+    Raises:
+        OutputUnusable: for a directory of another run (naming what differs) or of no run, one that is not empty without
+            `resume`, a file, and one that cannot be written.
+    """
+    try:
+        output = OutputDirectory(directory)
+        if output.is_file():
+            raise OutputUnusable(f"output {directory} is a file; give a directory")
+        # What the start itself leaves behind if it dies is no one's data.
+        names = set(output.names()) - {LOCK, f".{RUN}.tmp"}
+        identity = _finite(identity)
+        if not names:
+            output.write(RUN, _json(identity))
+            return
+        if RUN not in names:
+            raise OutputUnusable(f"output {directory} is not empty and holds no run; give another directory")
+        if not resume:
+            raise OutputUnusable(f"output {directory} holds a run already; give another directory, or resume it")
+        with output.open(RUN) as file, output.faults(RUN):
+            held = json.load(file)
+    except OutputFailed as failed:
+        raise OutputUnusable(str(failed)) from failed
+    different = differences(held, identity)
+    if different:
+        raise OutputUnusable(
+            f"output {directory} holds a different run: {'; '.join(different)}; repeat its options, or give another "
+            "directory"
+        )
+
+
+def write_summary(directory: str, summary: dict[str, Any]) -> None:
+    """Replaces `summary.json` at once. Numbers that JSON has not (infinite, NaN) become null.
+
+    Raises:
+        OutputFailed: where it cannot be written; an earlier summary is then still in place.
+    """
+    OutputDirectory(directory).write(SUMMARY, _json(_finite(summary)))
+
+
+def count_outputs(directory: str) -> dict[str, int]:
+    """`rows`, `decoded`, `failed`, `prompt_tokens`, `output_tokens`, `guided_steps` and `changed_tokens` (steps whose
+    choice is not the greedy token), counted from what is on disk, part by part, after any number of resumes.
+
+    Raises:
+        OutputFailed: where a part cannot be read.
+    """
+    output = OutputDirectory(directory)
+    counts = dict.fromkeys(
+        ("rows", "decoded", "failed", "prompt_tokens", "output_tokens", "guided_steps", "changed_tokens"), 0
+    )
+    results, steps = output.parts("results"), output.parts("steps")
+    for name in results.values():
+        table = _columns(output, name, ["prompt_token_ids", "token_ids"])
+        counts["decoded"] += table.num_rows
+        counts["prompt_tokens"] += _total(pc.list_value_length(table["prompt_token_ids"]))
+        counts["output_tokens"] += _total(pc.list_value_length(table["token_ids"]))
+    for number in steps.keys() & results.keys():  # others are of a run that died before their rows were written
+        table = _columns(output, steps[number], ["chosen_id", "greedy_id"])
+        counts["guided_steps"] += table.num_rows
+        counts["changed_tokens"] += _total(pc.not_equal(table["chosen_id"], table["greedy_id"]))
+    if ERRORS in output.names():
+        with output.open(ERRORS) as file, output.faults(ERRORS):
+            while chunk := file.read(_CHUNK_BYTES):
+                counts["failed"] += chunk.count(b"\n")
+    counts["rows"] = counts["decoded"] + counts["failed"]
+    return counts
+
+
+def _columns(output: OutputDirectory, name: str, columns: list[str]) -> pa.Table:
+    with output.open(name) as file, output.faults(name):
+        return pq.read_table(file, columns=columns)
+
+
+def _total(values: pa.ChunkedArray) -> int:
+    return pc.sum(values).as_py() or 0
+
+
+def differences(held: Any, new: Any, where: str = "") -> list[str]:
+    """What differs between two JSON values, as `parameters.tau is 1.734 there and 0 here`."""
+    if isinstance(held, dict) and isinstance(new, dict):
+        keys = [*held, *(key for key in new if key not in held)]
+        return [
+            line
+            for key in keys
+            for line in differences(held.get(key), new.get(key), f"{where}.{key}" if where else str(key))
+        ]
+    return [] if held == new else [f"{where} is {_shown(held)} there and {_shown(new)} here"]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"

@@ -1,0 +1,468 @@
+"""Rows in: what a row may be, what is refused and how, and files of every kind, good and broken."""
+
+import gzip
+import io
+import json
+import tracemalloc
+from dataclasses import replace
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from agd_vllm.input.reader import MAX_LINE_BYTES, InputUnusable, check_inputs, check_rows, read_rows
+from agd_vllm.input.schema import parse_row, parse_selector_option
+from agd_vllm.records import InputRow, RowError, RowRefused, Selector
+
+MESSAGES = [{"role": "system", "content": "Antworte auf Französisch."}, {"role": "user", "content": "Hi"}]
+CHAT = {"id": "r1", "messages": MESSAGES}
+RAW = {"id": "p1", "prompt": "Once upon"}
+
+
+def jsonl(path, *lines):
+    """Writes lines, given as rows or as bytes, and returns the path."""
+    path.write_bytes(b"".join((x if isinstance(x, bytes) else json.dumps(x).encode()) + b"\n" for x in lines))
+    return str(path)
+
+
+def read(*inputs):
+    return list(read_rows(inputs))
+
+
+def only_error(path):
+    (error,) = read(path)
+    assert isinstance(error, RowError)
+    assert "\n" not in error.message
+    return error
+
+
+# Rows
+
+
+def test_every_field_of_a_row():
+    given = {
+        **CHAT,
+        "roi": [
+            {"role": "system"},
+            {"message": 1, "weight": -2},
+            {"message": 0, "text": "Franz"},
+            {"message": 0, "chars": [0, 4]},
+        ],
+        "max_tokens": 7,
+        "min_tokens": 2,
+        "stop": ["\n\n", "END"],
+        "stop_token_ids": [0, 5],
+        "chat_template_kwargs": {"enable_thinking": False},
+        "metadata": {"ü": [1, None, 0.5]},
+    }
+    row = parse_row(given, 12)
+    assert row == InputRow(
+        id="r1",
+        messages=tuple(MESSAGES),
+        roi=(
+            Selector(role="system"),
+            Selector(message=1, weight=-2),
+            Selector(message=0, text="Franz"),
+            Selector(message=0, chars=(0, 4)),
+        ),
+        max_tokens=7,
+        min_tokens=2,
+        stop=("\n\n", "END"),
+        stop_token_ids=(0, 5),
+        chat_template_kwargs={"enable_thinking": False},
+        metadata='{"ü": [1, null, 0.5]}',
+        raw=given,
+        line=12,
+    )
+
+
+def test_a_prompt_row_and_its_defaults():
+    row = parse_row({**RAW, "stop": "END", "roi": [{"text": "upon"}, {"chars": [0, 4]}]}, 1)
+    assert (row.prompt, row.messages, row.stop) == ("Once upon", None, ("END",))
+    assert row.roi == (Selector(text="upon"), Selector(chars=(0, 4)))
+    bare = parse_row({**RAW, "roi": None, "max_tokens": None}, 1)
+    assert (bare.roi, bare.max_tokens, bare.stop, bare.metadata) == (None, None, (), "null")
+
+
+def test_neutral_parameters_change_nothing():
+    neutral = {"temperature": 0.0, "n": 1, "top_p": 0.9, "top_k": 3, "seed": 1, "user": "me", "stream": False}
+    neutral |= {"presence_penalty": 0, "repetition_penalty": 1.0, "tools": [], "logprobs": None, "logit_bias": {}}
+    row = parse_row({**RAW, **neutral}, 1)
+    assert row == InputRow(id="p1", prompt="Once upon", raw={**RAW, **neutral}, line=1)
+
+
+def test_an_openai_batch_line():
+    body = {"model": "gpt", "messages": MESSAGES, "max_completion_tokens": 9, "temperature": 0, "stop": None}
+    body |= {"roi": [{"message": 0}], "stop_token_ids": [3], "min_tokens": 1, "metadata": {"k": 1}}
+    line = {"custom_id": "c1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    row = parse_row(line, 1)
+    assert (row.id, row.messages, row.max_tokens, row.min_tokens) == ("c1", tuple(MESSAGES), 9, 1)
+    assert (row.roi, row.stop_token_ids, row.metadata) == ((Selector(message=0),), (3,), '{"k": 1}')
+    assert row.raw == line
+
+
+REFUSED = [
+    (5, "not_an_object", "must be a JSON object, not 5"),
+    ([CHAT], "not_an_object", "not a list"),
+    ({"prompt": "x"}, "missing_field", "id is missing"),
+    ({**RAW, "id": 7}, "invalid_field", "id must be a non-empty string, not 7"),
+    ({**RAW, "id": ""}, "invalid_field", "id must be"),
+    ({"id": "a"}, "invalid_field", "neither messages nor prompt"),
+    ({**CHAT, "prompt": "x"}, "invalid_field", "both messages and prompt"),
+    ({**RAW, "prompt": ""}, "invalid_field", "prompt must be a non-empty string"),
+    ({"id": "a", "messages": []}, "invalid_field", "messages must be a non-empty list"),
+    ({"id": "a", "messages": "Hi"}, "invalid_field", 'not "Hi"'),
+    ({"id": "a", "messages": ["Hi"]}, "invalid_field", "messages[0] must be an object"),
+    ({"id": "a", "messages": [{"role": "user"}]}, "missing_field", "messages[0].content is missing"),
+    ({"id": "a", "messages": [{"role": "developer", "content": ""}]}, "unknown_role", 'unknown role "developer"'),
+    ({"id": "a", "messages": [{"role": "tool", "content": ""}]}, "unknown_role", "system, user, assistant"),
+    ({"id": "a", "messages": [{"role": "user", "content": [{}]}]}, "invalid_field", "content parts are not supported"),
+    ({"id": "a", "messages": [{**MESSAGES[0], "name": "x"}]}, "unknown_field", 'messages[0]: unknown key "name"'),
+    ({**CHAT, "roi": []}, "invalid_field", "leave roi out"),
+    ({**CHAT, "roi": [{"role": "system"}] * 257}, "invalid_field", "256 at most"),
+    ({**CHAT, "roi": {"role": "system"}}, "invalid_field", "roi must be a non-empty list"),
+    ({**CHAT, "roi": [{"rol": "system"}]}, "unknown_field", 'roi[0]: unknown key "rol"'),
+    ({**CHAT, "roi": [{"role": "tool"}]}, "unknown_role", "roi[0].role"),
+    ({**CHAT, "roi": [{"weight": 1}]}, "invalid_field", "roi[0] names no place"),
+    ({**CHAT, "roi": [{"role": "user", "message": 1}]}, "invalid_field", "names role and message"),
+    ({**CHAT, "roi": [{"message": 0, "text": "a", "chars": [0, 1]}]}, "invalid_field", "names message and text and"),
+    ({**CHAT, "roi": [{"message": -1}]}, "invalid_field", "roi[0].message must be the index"),
+    ({**CHAT, "roi": [{"message": True}]}, "invalid_field", "not true"),
+    ({**CHAT, "roi": [{"message": 0, "text": ""}]}, "invalid_field", "roi[0].text"),
+    ({**CHAT, "roi": [{"message": 0, "chars": [4, 4]}]}, "invalid_field", "0 <= start < end, not [4, 4]"),
+    ({**CHAT, "roi": [{"message": 0, "chars": [-1, 4]}]}, "invalid_field", "0 <= start < end"),
+    ({**CHAT, "roi": [{"message": 0, "chars": [1, 2, 3]}]}, "invalid_field", "a pair of whole numbers"),
+    ({**CHAT, "roi": [{"message": 0, "weight": 1e39}]}, "invalid_field", "roi[0].weight must be a finite number"),
+    ({**CHAT, "roi": [{"message": 0, "weight": "1"}]}, "invalid_field", "roi[0].weight"),
+    ({**CHAT, "roi": [{"text": "Franz"}]}, "invalid_field", "roi[0] names no message"),
+    ({**RAW, "roi": [{"role": "system"}]}, "invalid_field", "the row has a prompt"),
+    ({**RAW, "roi": [{"message": 0, "text": "a"}]}, "invalid_field", "the row has a prompt"),
+    ({**RAW, "max_tokens": 0}, "invalid_field", "max_tokens must be a whole number from 1"),
+    ({**RAW, "max_tokens": 16.0}, "invalid_field", "not 16.0"),
+    ({**RAW, "max_tokens": True}, "invalid_field", "max_tokens"),
+    ({**RAW, "max_tokens": 2**31}, "invalid_field", "2147483647"),
+    ({**RAW, "min_tokens": -1}, "invalid_field", "min_tokens must be a whole number from 0"),
+    ({**RAW, "min_tokens": 3, "max_tokens": 2}, "invalid_field", "min_tokens (3) is above max_tokens (2)"),
+    ({**RAW, "stop": 5}, "invalid_field", "stop must be"),
+    ({**RAW, "stop": ["a", ""]}, "invalid_field", "stop[1]"),
+    ({**RAW, "stop_token_ids": 5}, "invalid_field", "stop_token_ids must be a list"),
+    ({**RAW, "stop_token_ids": [1, -1]}, "invalid_field", "stop_token_ids[1]"),
+    ({**CHAT, "chat_template_kwargs": 1}, "invalid_field", "chat_template_kwargs must be an object"),
+    ({**CHAT, "chat_template_kwargs": {"chat_template": "x"}}, "invalid_field", "must not set chat_template"),
+    ({**RAW, "chat_template_kwargs": {"a": 1}}, "invalid_field", "no use beside prompt"),
+    ({**RAW, "topic": "x"}, "unknown_field", 'unknown key "topic"; put data of your own under metadata'),
+    ({**RAW, "temperature": 0.7}, "refused_parameter", "temperature = 0.7 is refused: decoding is deterministic"),
+    ({**RAW, "n": 2}, "refused_parameter", "n = 2"),
+    ({**RAW, "n": True}, "refused_parameter", "n = true"),
+    ({**RAW, "frequency_penalty": 0.1}, "refused_parameter", "frequency_penalty"),
+    ({**RAW, "presence_penalty": -1}, "refused_parameter", "presence_penalty"),
+    ({**RAW, "repetition_penalty": 1.1}, "refused_parameter", "repetition_penalty"),
+    ({**RAW, "tools": [{}]}, "refused_parameter", "tools"),
+    ({**RAW, "tool_choice": "auto"}, "refused_parameter", "tool_choice"),
+    ({**RAW, "logprobs": True}, "refused_parameter", "logprobs"),
+    ({**RAW, "response_format": {"type": "json_object"}}, "refused_parameter", "response_format"),
+    ({**RAW, "logit_bias": {"5": 1}}, "refused_parameter", "logit_bias"),
+    ({**RAW, "best_of": 2}, "refused_parameter", "best_of"),
+    ({**RAW, "use_beam_search": True}, "refused_parameter", "use_beam_search"),
+    ({"custom_id": 5, "body": {"prompt": "x"}}, "invalid_field", "custom_id must be a non-empty string"),
+    ({"custom_id": "a"}, "invalid_field", "body must be an object"),
+    ({"custom_id": "a", "body": {"prompt": "x", "id": "b"}}, "unknown_field", "custom_id"),
+    ({"custom_id": "a", "id": "b", "body": {"prompt": "x"}}, "unknown_field", 'unknown key "id" beside body'),
+    ({"custom_id": "a", "method": "GET", "body": {"prompt": "x"}}, "invalid_field", "method must be"),
+    ({"custom_id": "a", "url": "/v1/embeddings", "body": {"prompt": "x"}}, "invalid_field", "url must be"),
+    ({"custom_id": "a", "body": {"prompt": ["x"]}}, "invalid_field", "body.prompt must be"),
+    ({"custom_id": "a", "body": {"prompt": "x", "temperature": 1}}, "refused_parameter", "temperature"),
+    ({"custom_id": "a", "body": {**RAW, "id": None}}, "unknown_field", "body.id"),
+    (
+        {"custom_id": "a", "body": {"prompt": "x", "max_tokens": 1, "max_completion_tokens": 2}},
+        "invalid_field",
+        "differ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "type", "words"), REFUSED)
+def test_refused_rows_say_what_and_where(given, type, words):
+    with pytest.raises(RowRefused) as refused:
+        parse_row(given, 1)
+    assert refused.value.type == type
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_messages_stay_short_and_on_one_line():
+    with pytest.raises(RowRefused) as refused:
+        parse_row({**RAW, "k\n" * 1000: 1}, 1)
+    assert len(str(refused.value)) < 200
+    assert "\n" not in str(refused.value)
+
+
+def test_selector_options():
+    assert parse_selector_option("role=system") == (Selector(role="system"),)
+    assert parse_selector_option("message=2") == (Selector(message=2),)
+    assert parse_selector_option("text=a=b") == (Selector(text="a=b"),)
+    assert parse_selector_option("none") is None
+
+
+@pytest.mark.parametrize("text", ["", "system", "role=tool", "message=-1", "message=x", "message=", "text=", "None"])
+def test_bad_selector_options(text):
+    with pytest.raises(ValueError, match=r"^--roi .* is no selector; give role=system.*none$"):
+        parse_selector_option(text)
+
+
+# Lines
+
+
+@pytest.mark.parametrize(
+    ("line", "type", "words"),
+    [
+        (b'{"id": "a", "prompt": ', "invalid_json", "the line is not JSON"),
+        (b"hello", "invalid_json", "character 1"),
+        (b"[1, 2]", "not_an_object", "not a list"),
+        (b'{"id": "a", "prompt": "x", "prompt": "y"}', "invalid_json", "names a key twice"),
+        (b'{"id": "a", "prompt": "caf\xe9"}', "invalid_utf8", "byte 27"),
+        (b'{"id": "a", "prompt": "\\ud83d"}', "lone_surrogate", "lone surrogate"),
+        (b'{"id": "\\udc00", "prompt": "x"}', "lone_surrogate", "lone surrogate"),
+        (b'{"id": "a", "prompt": "x", "metadata": {"\\ud83d": 1}}', "lone_surrogate", "lone surrogate"),
+        (b'{"id": "a", "prompt": "x", "metadata": NaN}', "not_json", "NaN"),
+        (b'{"id": "a", "prompt": "x", "metadata": [1e999]}', "not_json", "out of range"),
+        (b'{"id": "a", "prompt": "x", "metadata": ' + b"9" * 5000 + b"}", "not_json", "digits"),
+        (b'{"id": "a", "prompt": "x", "metadata": ' + b"9" * 3000 + b"}", "not_json", "digits"),
+        (b'{"id": "a", "prompt": "x", "metadata": ' + b"[" * 100 + b"]" * 100 + b"}", "too_deep", "100 levels"),
+        (b'{"id": "a", "metadata": ' + b'{"a":' * 200_000, "too_deep", "100 levels"),
+    ],
+)
+def test_a_bad_line_is_an_error_of_that_row_only(tmp_path, line, type, words):
+    path = jsonl(tmp_path / "rows.jsonl", {**RAW, "id": "before"}, b"", line, {**RAW, "id": "after"})
+    before, error, after = read(path)
+    assert (before.id, before.line, after.id, after.line) == ("before", 1, "after", 4)
+    assert (error.line, error.type, error.id) == (3, type, None)
+    assert words in error.message
+    assert error.input == (json.loads(line) if type == "not_an_object" else line.decode(errors="backslashreplace"))
+    json.dumps(error.input, ensure_ascii=False).encode()
+
+
+def test_an_error_carries_the_row_and_its_id(tmp_path):
+    error = only_error(jsonl(tmp_path / "rows.jsonl", {**RAW, "n": 3}))
+    assert (error.input, error.id, error.line) == ({**RAW, "n": 3}, "p1", 1)
+
+
+def test_physical_lines_blank_lines_crlf_and_no_newline_at_the_end(tmp_path):
+    row = json.dumps(RAW).encode()
+    (tmp_path / "rows.jsonl").write_bytes(b"\n  \r\n" + row + b"\r\n\n" + row.replace(b"p1", b"p2"))
+    assert [(row.id, row.line) for row in read(str(tmp_path / "rows.jsonl"))] == [("p1", 3), ("p2", 5)]
+
+
+def test_a_byte_order_mark_at_the_start_of_each_file(tmp_path):
+    first = jsonl(tmp_path / "1.jsonl", b"\xef\xbb\xbf" + json.dumps(RAW).encode())
+    second = jsonl(tmp_path / "2.jsonl", b"\xef\xbb\xbf" + json.dumps(CHAT).encode())
+    assert [row.id for row in read(first, second)] == ["p1", "r1"]
+
+
+def test_ids_are_unique_over_all_inputs_and_refused_rows_hold_theirs(tmp_path):
+    first = jsonl(tmp_path / "1.jsonl", RAW, {**RAW, "id": "bad", "n": 2})
+    second = jsonl(tmp_path / "2.jsonl", {**RAW, "id": "bad"}, {"custom_id": "p1", "body": {"prompt": "x"}}, CHAT)
+    rows = read(first, second)
+    assert [(row.id, getattr(row, "type", "valid")) for row in rows] == [
+        ("p1", "valid"),
+        ("bad", "refused_parameter"),
+        ("bad", "duplicate_id"),
+        ("p1", "duplicate_id"),
+        ("r1", "valid"),
+    ]
+
+
+def test_lines_up_to_the_limit_are_rows_and_longer_ones_are_refused_without_being_held(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = json.dumps(RAW).encode()
+    with path.open("wb") as file:
+        file.write(row + b" " * (MAX_LINE_BYTES - len(row)) + b"\n" + b"[" * 5000)
+        file.truncate(file.tell() + 3 * MAX_LINE_BYTES)  # a hole: nothing on the disk
+        file.seek(0, io.SEEK_END)
+        file.write(b"\n" + json.dumps(CHAT).encode() + b"\n" + b"x" * (MAX_LINE_BYTES + 1))
+    fitting, oversized, after, last = read(str(path))
+    assert (fitting.id, after.id, after.line) == ("p1", "r1", 3)
+    assert (oversized.type, oversized.line, oversized.input) == ("line_too_long", 2, "[" * 2000)
+    assert (last.type, last.line, last.input) == ("line_too_long", 4, "x" * 2000)
+    path.write_bytes(b"")
+    with path.open("r+b") as file:
+        file.truncate(10 * MAX_LINE_BYTES)
+    tracemalloc.start()
+    (error,) = read(str(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert error.type == "line_too_long"
+    assert peak < 2 * MAX_LINE_BYTES
+
+
+def test_rows_in_memory():
+    cycle = {**RAW, "id": "cycle", "metadata": []}
+    cycle["metadata"].append(cycle["metadata"])
+    odd = {**RAW, "id": "odd", "metadata": {1, 2}}
+    good, duplicate, *refused = check_rows([RAW, RAW, odd, cycle, {**RAW, 1: 2}, {**RAW, "prompt": "\ud800"}, None])
+    assert (good.id, good.line, duplicate.type, duplicate.line) == ("p1", 1, "duplicate_id", 2)
+    assert [error.type for error in refused] == ["not_json", "too_deep", "not_json", "lone_surrogate", "not_an_object"]
+    assert "type set" in refused[0].message
+    json.dumps([error.input for error in refused], ensure_ascii=False).encode()
+
+
+# Files
+
+
+def compressed(data, suffix):
+    half = len(data) // 2
+    match suffix:
+        case "gz":  # two members or frames, as parallel compressors and `cat` make them
+            return gzip.compress(data[:half]) + gzip.compress(data[half:])
+        case "zst":
+            return zstandard.compress(data[:half]) + zstandard.compress(data[half:])
+    return data
+
+
+def many(count, padding=0):
+    rows = ({"id": f"r{i}", "prompt": f"{i * 7919 % count:08d}" + "x" * padding} for i in range(count))
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "gz", "zst"])
+@pytest.mark.parametrize("place", ["local", "url", "memory"])
+def test_plain_and_compressed_files_anywhere(tmp_path, suffix, place):
+    data = compressed(many(300), suffix)
+    url = f"memory://test_reader/rows.{suffix}" if place == "memory" else str(tmp_path / f"rows.{suffix}")
+    with fsspec.open(url, "wb") as file:
+        file.write(data)
+    url = f"file://{url}" if place == "url" else url
+    check_inputs([url])
+    assert [(row.id, row.line) for row in read(url)] == [(f"r{i}", i + 1) for i in range(300)]
+
+
+def test_parquet_rows_are_the_same_rows(tmp_path):
+    rows = [
+        {**CHAT, "roi": [{"role": "system"}, {"message": 0, "text": "Franz", "weight": 0.5}], "stop": ["x"]},
+        {**RAW, "max_tokens": 5, "metadata": {"a": {"b": 1}}},
+        {"id": "bad", "prompt": "x", "max_tokens": 0},
+    ]
+    path = str(tmp_path / "rows.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.Table.from_pylist([rows[0] | rows[1]]).schema), path)
+    check_inputs([path])
+    chat, raw, bad = read(path)
+    assert chat == replace(parse_row(rows[0], 1), file=path)
+    assert raw == replace(parse_row(rows[1], 2), file=path)
+    assert (bad.file, bad.line, bad.id, bad.type, bad.input) == (path, 3, "bad", "invalid_field", rows[2])
+
+
+def test_parquet_values_that_json_has_not(tmp_path):
+    path = str(tmp_path / "rows.parquet")
+    when = pa.array([1_700_000_000_000_000_001] * 4, pa.timestamp("ns"))
+    columns = {
+        "id": pa.array(["a", "b", "c", "d"]),
+        "prompt": pa.array([b"x", b"\xff", b"y", b"z"]).view(pa.string()),
+        "metadata": pa.array([None, None, float("nan"), 2.5]),
+    }
+    pq.write_table(pa.table(columns), path)
+    good, not_utf8, not_a_number, fine = read(path)
+    assert (good.id, good.metadata, fine.metadata) == ("a", "null", "2.5")
+    assert (not_utf8.line, not_utf8.type) == (2, "unreadable_value")
+    assert "column prompt" in not_utf8.message
+    assert (not_a_number.type, not_a_number.id) == ("not_json", None)
+    json.dumps(not_a_number.input, allow_nan=False)
+    pq.write_table(pa.table({**columns, "metadata": pa.array([b"x"] * 4), "prompt": columns["id"]}), path)
+    assert [row.type for row in read(path)] == ["not_json"] * 4
+    pq.write_table(pa.table({**columns, "metadata": when, "prompt": columns["id"]}), path)
+    assert [row.metadata for row in read(path)] == ['"2023-11-14 22:13:20.000000001"'] * 4
+    seconds = pa.array([1_700_000_000] * 4, pa.timestamp("s"))
+    pq.write_table(pa.table({**columns, "metadata": seconds, "prompt": columns["id"]}), path)
+    assert read(path)[0].metadata == '"2023-11-14 22:13:20"'
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "gz", "zst"])
+def test_a_large_file_is_streamed(tmp_path, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    path.write_bytes(compressed(many(10_000, 4000), suffix))
+    tracemalloc.start()
+    rows = sum(isinstance(row, InputRow) for row in read_rows([str(path)]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows == 10_000
+    assert peak < 8 << 20 < 10_000 * 4000
+
+
+def test_a_large_row_group_is_streamed(tmp_path):
+    path = str(tmp_path / "rows.parquet")
+    prompts = [f"{i:06d}" * 2000 for i in range(5000)]
+    table = pa.table({"id": [f"r{i}" for i in range(5000)], "prompt": prompts})
+    pq.write_table(table, path, row_group_size=5000, compression="none", use_dictionary=False)
+    del table
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    peak = max(pa.total_allocated_bytes() for _ in read_rows([path])) - before + tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 << 20 < 5000 * 12_000
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+@pytest.mark.parametrize("fault", ["truncated", "corrupt"])
+def test_a_file_that_breaks_off_ends_the_run_after_the_rows_before(tmp_path, suffix, fault):
+    data = compressed(many(40_000, 10), suffix)
+    path = tmp_path / f"rows.{suffix}"
+    cut = len(data) * 9 // 10
+    path.write_bytes(data[:cut] if fault == "truncated" else data[:cut] + b"\xff" * 50 + data[cut + 50 :])
+    check_inputs([str(path)])
+    rows = []
+    with pytest.raises(InputUnusable, match=r"^input .*rows\.\w+ cannot be read: .+; repair or replace it$"):
+        rows.extend(read_rows([str(path)]))
+    assert len(rows) > 10_000
+    assert all(isinstance(row, InputRow) for row in rows)
+
+
+def test_a_parquet_file_with_a_broken_page(tmp_path):
+    path = tmp_path / "rows.parquet"
+    table = pa.table({"id": [f"r{i}" for i in range(1000)], "prompt": ["x" * 500 + str(i) for i in range(1000)]})
+    pq.write_table(table, path, row_group_size=500)
+    data = bytearray(path.read_bytes())
+    start = pq.ParquetFile(path).metadata.row_group(1).column(1).dictionary_page_offset
+    data[start : start + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    check_inputs([str(path)])
+    rows = []
+    with pytest.raises(InputUnusable, match="cannot be read"):
+        rows.extend(read_rows([str(path)]))
+    assert len(rows) >= 256  # a batch
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("missing.jsonl", None, "does not exist"),
+        ("missing.parquet", None, "does not exist"),
+        ("empty.jsonl", b"", "is empty"),
+        ("blank.jsonl", b"\n \r\n\n", "is empty"),
+        ("bom.jsonl", b"\xef\xbb\xbf", "is empty"),
+        ("empty.gz", gzip.compress(b""), "is empty"),
+        ("empty.zst", b"", "is empty"),
+        ("plain.gz", b'{"id": "a"}', "cannot be read"),
+        ("cut.zst", zstandard.compress(b"x" * 100)[:-3], "cannot be read"),
+        ("text.parquet", b'{"id": "a"}', "cannot be read"),
+        ("empty.parquet", b"", "cannot be read"),
+        ("", None, "is a directory"),
+    ],
+)
+def test_unusable_inputs_are_known_before_the_run(tmp_path, name, data, words):
+    good = jsonl(tmp_path / "good.jsonl", RAW)
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputUnusable) as unusable:
+        check_inputs([good, str(tmp_path / name)])
+    assert words in str(unusable.value)
+    assert str(tmp_path / name) in str(unusable.value)
+    assert "\n" not in str(unusable.value)
+
+
+def test_a_parquet_file_without_rows_and_an_unknown_protocol(tmp_path):
+    pq.write_table(pa.table({"id": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    with pytest.raises(InputUnusable, match="is empty"):
+        check_inputs([str(tmp_path / "none.parquet")])
+    with pytest.raises(InputUnusable, match="Protocol not known"):
+        check_inputs(["nowhere://rows.jsonl"])
