@@ -8,22 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from agd_vllm.attribution.hf_model import HFModel
-from agd_vllm.attribution.rules import ACTIVATIONS, Activation
+from agd_vllm.attribution.rules import ACTIVATIONS, Activation, Norm
 
 DEFAULT_ROPE = "default"
-
-
-class Norm(NamedTuple):
-    """RMSNorm: the gain as it multiplies (float32 [d]) and epsilon."""
-
-    gain: torch.Tensor
-    eps: float
 
 
 @dataclass(frozen=True, slots=True)

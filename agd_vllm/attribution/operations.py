@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from agd_vllm.attribution.adapters import Decoder, Layer, Norm
+from agd_vllm.attribution.adapters import Decoder, Layer
 from agd_vllm.attribution.hf_model import HFModel
-from agd_vllm.attribution.rules import Rule, gated, linear, rms_norm, rope
+from agd_vllm.attribution.rules import Norm, Rule, gated, linear, rms_norm, rope
 from agd_vllm.kernels import compiled, streams, triton_support
 
 PACKED_FOR_ROWS = 32

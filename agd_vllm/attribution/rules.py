@@ -33,6 +33,13 @@ class Activation(NamedTuple):
     derivative: Callable[[torch.Tensor], torch.Tensor]
 
 
+class Norm(NamedTuple):
+    """RMSNorm: the gain as it multiplies (float32 [d]) and epsilon."""
+
+    gain: torch.Tensor
+    eps: float
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """Where the attribution rules differ.

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from agd_vllm.attribution.adapters import Layer, Norm, adapt
+from agd_vllm.attribution.adapters import Layer, adapt
 from agd_vllm.attribution.hf_model import HFModel
 from agd_vllm.attribution.operations import operations
-from agd_vllm.attribution.rules import RULES
+from agd_vllm.attribution.rules import RULES, Norm
 from agd_vllm.attribution.sequence_attention import SequenceAttention
 from agd_vllm.attribution.tangent_cache import CachedSequence
 from agd_vllm.kernels import cached_attention, triton_support
