@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,6 +118,12 @@ class Gate:
     candidate_probs: tuple[float, ...]
 
 
+def best_candidate(scores: Sequence[float]) -> int:
+    """Where the highest score stands, the more probable candidate's among equals; 0, the greedy token's place, where a
+    score is NaN."""
+    return 0 if any(map(math.isnan, scores)) else max(range(len(scores)), key=scores.__getitem__)
+
+
 @dataclass(frozen=True, slots=True)
 class GuidedStep:
     """One row of `steps/`: a step at which the gate opened and the candidate of the highest score was taken.
@@ -130,6 +138,18 @@ class GuidedStep:
     scores: list[float]
     chosen_id: int
     greedy_id: int
+
+    @classmethod
+    def of(cls, gate: Gate, scores: list[float]) -> GuidedStep:
+        return cls(
+            step=gate.step,
+            entropy=gate.entropy,
+            candidate_ids=list(gate.candidate_ids),
+            candidate_probs=list(gate.candidate_probs),
+            scores=scores,
+            chosen_id=gate.candidate_ids[best_candidate(scores)],
+            greedy_id=gate.candidate_ids[0],
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ def attribute(
     model: str | None,
     max_steps: int | None,
     rule: str | None,
-    attribution_workers: int,
+    attribution_workers: int | None,
     attribution_dtype: str | None,
     limit: int | None,
     trust_remote_code: bool,
@@ -93,7 +93,7 @@ def attribute(
             dtype=attribution_dtype,
             max_steps=max_steps,
             limit=limit,
-            workers=attribution_workers,
+            workers=attribution_workers or 1,
             trust_remote_code=trust_remote_code,
             debug=debug,
         )

@@ -96,10 +96,11 @@ scorer_options = _together(
     ),
     click.option(
         "--scorer",
-        type=click.Choice(["forward", "lxt"]),
+        type=click.Choice(["forward", "inline", "lxt"]),
         default="forward",
         show_default=True,
-        help="Forward-mode AttnLRP, or the reference in reverse mode.",
+        help="forward: forward-mode AttnLRP on attribution workers; inline: the same inside vLLM's own forward pass, "
+        "without workers and pauses; lxt: the reference, in reverse mode.",
     ),
     click.option(
         "--rule",
@@ -115,7 +116,7 @@ engines_option = click.option(
 )
 
 workers_option = click.option(
-    "--attribution-workers", type=int, default=1, show_default=True, help="Copies of the model for scoring."
+    "--attribution-workers", type=int, help="Copies of the model for scoring [default: 1]; none with --scorer inline."
 )
 
 length_options = _together(

@@ -12,18 +12,20 @@ import contextlib
 import os
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from agd_vllm.records import Gate
+from agd_vllm.records import Gate, GuidedStep
 
 # vLLM's processes inherit the actor's environment; a field of vLLM's config would change its compile-cache key.
 SOCKET_VARIABLE = "AGD_VLLM_GATE_SOCKET"
 MAX_DATAGRAM = 1 << 16
-# Bytes at most: 14 for a candidate (id and probability), 32 for the rest of a report.
-CANDIDATE_BYTES, REPORT_BYTES = 14, 32
+# Bytes at most: 23 for a candidate (id, probability and score), 32 for the rest of a report.
+CANDIDATE_BYTES, REPORT_BYTES = 23, 32
 MAX_TOP_K = 2000
 # A report that is not here so long after its PAUSE token will not come.
 REPORT_S = 10.0
@@ -35,6 +37,8 @@ NOTES_PER_DATAGRAM = 1000
 TRACE_VARIABLE = "AGD_VLLM_TRACE"
 
 Report = tuple[int, int, float, list[int], list[float]]  # key, step, entropy, candidate ids, candidate probabilities
+Guided = tuple[float, list[int], list[float], list[float]]  # entropy, candidate ids, their probabilities and scores
+Sample = tuple[int, int, Guided | None]  # key, step, and how it was guided
 Choice = tuple[int, int, int]  # key, step, token id
 Entropy = tuple[int, int, float]  # key, step, entropy in nats
 
@@ -52,10 +56,11 @@ class EngineStep(msgspec.Struct, frozen=True):
 
 
 class Datagram(msgspec.Struct):
-    reports: list[Report]
+    reports: list[Report] = []
     step: EngineStep | None = None
     choices: list[Choice] = []
     entropies: list[Entropy] = []
+    samples: list[Sample] = []
 
 
 class GateSender:
@@ -66,31 +71,65 @@ class GateSender:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     def send(self, reports: list[Report], step: EngineStep | None = None) -> None:
-        fitting, size = [], 0
-        for report in reports:
-            more = REPORT_BYTES + CANDIDATE_BYTES * len(report[3])
-            if size + more > MAX_DATAGRAM // 2:
-                self._send(Datagram(fitting))
-                fitting, size = [], 0
-            fitting.append(report)
-            size += more
-        if fitting:
+        for fitting in _datagrams(reports, lambda report: len(report[3])):
             self._send(Datagram(fitting))
         if step is not None:
-            self._send(Datagram([], step))
+            self._send(Datagram(step=step))
+
+    def send_samples(self, samples: list[Sample]) -> None:
+        """Every sample of the rows that are followed, guided or not: nobody waits for them, and a lost one shows in the
+        row's steps."""
+        for fitting in _datagrams(samples, lambda sample: len(sample[2][1]) if sample[2] else 0):
+            self._send(Datagram(samples=fitting))
 
     def send_choices(self, choices: list[Choice]) -> None:
         for start in range(0, len(choices), NOTES_PER_DATAGRAM):
-            self._send(Datagram([], choices=choices[start : start + NOTES_PER_DATAGRAM]))
+            self._send(Datagram(choices=choices[start : start + NOTES_PER_DATAGRAM]))
 
     def send_entropies(self, entropies: list[Entropy]) -> None:
         for start in range(0, len(entropies), NOTES_PER_DATAGRAM):
-            self._send(Datagram([], entropies=entropies[start : start + NOTES_PER_DATAGRAM]))
+            self._send(Datagram(entropies=entropies[start : start + NOTES_PER_DATAGRAM]))
 
     def _send(self, datagram: Datagram) -> None:
         # The receiver is gone only when its actor is; the engine then ends with it.
         with contextlib.suppress(OSError):
             self._socket.sendto(msgspec.msgpack.encode(datagram), self._path)
+
+
+def _datagrams(reports: list[Any], candidates: Callable[[Any], int]) -> Iterator[list[Any]]:
+    """Reports, with so many `candidates` each, in as many as fit into a datagram."""
+    fitting, size = [], 0
+    for report in reports:
+        more = REPORT_BYTES + CANDIDATE_BYTES * candidates(report)
+        if size + more > MAX_DATAGRAM // 2:
+            yield fitting
+            fitting, size = [], 0
+        fitting.append(report)
+        size += more
+    if fitting:
+        yield fitting
+
+
+class ReportsLost(Exception):
+    """Not every sample of a row was reported: its guided steps are not all known."""
+
+
+@dataclass(slots=True)
+class _Followed:
+    """A row's guided steps up to the `reported` one; `broken`: one before was never told of."""
+
+    steps: list[GuidedStep] = field(default_factory=list)
+    reported: int = 0
+    broken: bool = False
+
+    def take(self, step: int, guided: Guided | None) -> None:
+        if step < self.reported:
+            return  # computed again, or of a sample that vLLM threw away: what was reported first stands
+        self.broken |= step > self.reported
+        self.reported = step + 1
+        if guided is not None:
+            entropy, ids, probs, scores = guided
+            self.steps.append(GuidedStep.of(Gate(step, entropy, tuple(ids), tuple(probs)), scores))
 
 
 class GateReceiver:
@@ -111,6 +150,7 @@ class GateReceiver:
         self._latest: dict[int, Gate | None] = {}
         self._choices: dict[int, tuple[int, int]] = {}
         self._entropies: dict[int, dict[int, float]] = {}
+        self._followed: dict[int, _Followed] = {}
         self._awaited: dict[int, asyncio.Event] = {}
         self._decoder = msgspec.msgpack.Decoder(Datagram)
         os.environ[SOCKET_VARIABLE] = self.path
@@ -133,6 +173,9 @@ class GateReceiver:
                 for key, step, entropy in datagram.entropies:
                     if key in self._entropies:
                         self._entropies[key][step] = entropy
+                for key, step, guided in datagram.samples:
+                    if key in self._followed:
+                        self._followed[key].take(step, guided)
                 if datagram.step is not None:
                     self._on_step(datagram.step)
 
@@ -175,8 +218,24 @@ class GateReceiver:
         self.drain()
         return [self._entropies[key][step] for step in steps]
 
+    def follow(self, key: int) -> None:
+        """Keeps every guided step of row `key` until `forget`."""
+        self._followed[key] = _Followed()
+
+    def guided_steps(self, key: int, token_ids: list[int]) -> list[GuidedStep]:
+        """The guided steps of row `key`, whose output is `token_ids`, in their order. Raises ReportsLost."""
+        self.drain()
+        followed = self._followed[key]
+        if followed.broken or followed.reported < len(token_ids):
+            raise ReportsLost("a report was lost on its way")
+        # Past a stop string vLLM may have decoded on.
+        steps = [step for step in followed.steps if step.step < len(token_ids)]
+        if any(step.chosen_id != token_ids[step.step] for step in steps):
+            raise ReportsLost("reports and tokens do not belong together")
+        return steps
+
     def forget(self, key: int) -> None:
-        for kept in (self._latest, self._choices, self._entropies):
+        for kept in (self._latest, self._choices, self._entropies, self._followed):
             kept.pop(key, None)
 
     def close(self) -> None:

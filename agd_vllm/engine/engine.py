@@ -7,7 +7,8 @@ import itertools
 import os
 import sys
 import time
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from agd_vllm.records import PreparedRow, RowRefused
 from agd_vllm.trace import Tracer
 
 CPU_MEMORY_SHARE = 1 / 8
+IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 # With something to run, an engine that gives no token at all for so long hangs.
 SILENCE_S = 900.0
 # The gate by vLLM's interface: Model Runner V2, or V1. What else a strategy may ask for, Model Runner V1 only.
@@ -49,7 +51,8 @@ class EngineSettings:
 
     `cores`: the CPU cores that vLLM's threads are bound to (CPU only; None leaves it to vLLM). `deadline_s`: a session
     that gives no token for so long, while others do, is opened anew; it must bear the prefill of many long prompts.
-    `processors`: logits processors beside the gate, of Model Runner V1.
+    `processors`: logits processors beside the gate, of Model Runner V1. `plain`: rows are plain requests, which never
+    pause; no gate is installed then.
     """
 
     dtype: str = "auto"
@@ -58,6 +61,7 @@ class EngineSettings:
     trust_remote_code: bool = False
     deadline_s: float = 1200.0
     processors: tuple[str, ...] = ()
+    plain: bool = False
     cores: list[int] | None = None
     engine_args: dict[str, Any] = field(default_factory=dict)
 
@@ -86,12 +90,19 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         args = AsyncEngineArgs(**self._engine_args())
-        # vLLM's sizes of a batch for offline use, as in vllm.LLM.
-        config = args.create_engine_config(UsageContext.LLM_CLASS)
+        stepped = self._settings.plain and _on_cpu()
+        with _in_this_process() if stepped else nullcontext():
+            # vLLM's sizes of a batch for offline use, as in vllm.LLM.
+            config = args.create_engine_config(UsageContext.LLM_CLASS)
         self._fit_model_runner(config)
         if not _on_cpu():
             check_gpu(config)
-        self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
+        if stepped:
+            from agd_vllm.engine.stepped import SteppedLLM
+
+            self._llm = SteppedLLM(config, self._settings.cores)
+        else:
+            self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
         self.max_model_len: int = config.model_config.max_model_len
         self.max_sessions: int = config.scheduler_config.max_num_seqs
         self._admission = Admission(
@@ -109,7 +120,7 @@ class Engine:
             raise ValueError("VLLM_USE_V2_MODEL_RUNNER=1: this strategy needs Model Runner V1; leave it out")
         if config.scheduler_config.async_scheduling and not v2:
             raise ValueError("--engine-arg async_scheduling: only with vLLM's Model Runner V2; leave it out")
-        config.model_config.logits_processors = [GATE_PROCESSORS[v2], *processors]
+        config.model_config.logits_processors = [*(() if self._settings.plain else (GATE_PROCESSORS[v2],)), *processors]
         if v2:
             from vllm.v1.worker.gpu.sample.logit_bias import MAX_NUM_STOP_TOKEN_IDS
 
@@ -156,6 +167,10 @@ class Engine:
         from agd_vllm.engine.gate_params import GateParams
 
         self._check_stops(row)
+        if self._settings.plain:
+            async with self.request(row, stops) as request:
+                yield request
+            return
         async with self._admission.reserve(row, gated):
             params = None
             if gated:
@@ -177,6 +192,21 @@ class Engine:
                     yield session
             finally:
                 await session.close()
+
+    @asynccontextmanager
+    async def request(self, row: PreparedRow, stops, make_params: Callable[[int], Any] | None = None):
+        """The row as a plain request, guided by what `make_params` makes of a key; vLLM queues and preempts it."""
+        from agd_vllm.engine.plain_request import PlainRequest
+
+        self._check_stops(row)
+        params = make_params(next(self._keys)) if make_params else None
+        sign = self.occupancy.sign_of_life
+        request = PlainRequest(self._llm, self._receiver, row, stops, f"{next(self._keys)}", params, sign)
+        try:
+            with self.occupancy.session():
+                yield request
+        finally:
+            await request.close()
 
     def _check_stops(self, row: PreparedRow) -> None:
         ids = {*self._model.eos_ids, *row.stop_token_ids, self._model.pause_id} - {None}
@@ -267,6 +297,20 @@ def check_gpu(config: Any) -> None:
         "gpu_memory_utilization or tensor_parallel_size, or more GPUs"
     )
     check_room("an engine", needs, int(share * total), total, remedies)
+
+
+@contextmanager
+def _in_this_process() -> Iterator[None]:
+    """vLLM plans for an engine that is stepped by its caller."""
+    before = os.environ.get(IN_PROCESS)
+    os.environ[IN_PROCESS] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[IN_PROCESS]
+        else:
+            os.environ[IN_PROCESS] = before
 
 
 def _on_cpu() -> bool:

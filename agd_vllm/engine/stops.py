@@ -24,10 +24,15 @@ class StopCheck:
         self._min_tokens = row.min_tokens
         self._stop_strings = row.stop
         self._tokenizer = tokenizer
+        self._prompt_end = row.prompt_token_ids[-8:]
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the output: the row is decoded from its prompt again."""
         self._text = ""
-        if row.stop:
+        if self._stop_strings:
             # The stream sees the end of the prompt, or the first token would lose its leading space.
-            self._stream = DecodeStream(ids=row.prompt_token_ids[-8:], skip_special_tokens=True)
+            self._stream = DecodeStream(ids=self._prompt_end, skip_special_tokens=True)
         self.token_ids: list[int] = []
         self.stop_string: str | None = None
 

@@ -9,9 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 from agd_vllm.attribution.worker import AttributionSettings, WorkerInfo
-from agd_vllm.engine.arguments import check_engine_args, gpus_per_engine
+from agd_vllm.engine.arguments import OWN, check_engine_args, gpus_per_engine
 from agd_vllm.engine.engine import EngineSettings, GateSettings
 from agd_vllm.faults import FaultLog
+from agd_vllm.inline.arguments import check_arguments as check_inline_arguments
+from agd_vllm.inline.arguments import engine_args as inline_engine_args
 from agd_vllm.input.reader import check_rows
 from agd_vllm.input.schema import parse_selector_option
 from agd_vllm.models.inspect import inspect_model
@@ -53,6 +55,7 @@ class Decoder:
             revision=options.engine_args.get("revision"),
             trust_remote_code=options.trust_remote_code,
         )
+        self._inline_args = self._check_inline() if self._strategy.inline else {}
         longest = self.model.max_model_len
         if options.max_model_len is not None and options.max_model_len > longest:
             raise ValueError(f"max_model_len {options.max_model_len}: the model takes at most {longest}")
@@ -68,6 +71,14 @@ class Decoder:
         self._fleet: Fleet | None = None
         self.load_seconds = 0.0
         self.layout = ""
+
+    def _check_inline(self) -> dict[str, Any]:
+        """vLLM's engine arguments for inline attribution. Raises ValueError for what it cannot be combined with."""
+        options = self.options
+        check_inline_arguments(options.dtype, options.engine_args)
+        source = {"revision": self.model.revision, "trust_remote_code": options.trust_remote_code}
+        args = inline_engine_args(options.model, options.rule, options.dtype, **source)
+        return {key: value for key, value in args.items() if key not in OWN | source.keys()}
 
     def preparer(self, max_model_len: int | None = None) -> Preparer:
         """Rows to tokens and token weights under this run's defaults; `max_model_len` as the engine reports it."""
@@ -93,7 +104,7 @@ class Decoder:
         # Only now, so that a run that is refused before it starts leaves files of an earlier one alone.
         self._fault_log = FaultLog(options.log_json)
         self._trace = TraceFile(options.trace) if options.trace else None
-        workers = options.attribution_workers if self._strategy.attribution else 0
+        workers = options.workers if self._strategy.attribution else 0
         demand = Demand(options.engines, workers, gpus_per_engine(options.engine_args))
         self._cluster = placement.connect(demand, options.debug)
         try:
@@ -111,8 +122,10 @@ class Decoder:
             max_model_len=options.max_model_len,
             seed=options.seed,
             trust_remote_code=options.trust_remote_code,
-            engine_args={key: value for key, value in options.engine_args.items() if key != "revision"},
+            engine_args=self._inline_args
+            | {key: value for key, value in options.engine_args.items() if key != "revision"},
             processors=self._strategy.processors,
+            plain=self._strategy.inline,
         )
         gate = GateSettings(options.tau, options.top_k, options.min_prob)
         attribution = AttributionSettings(options.scorer, options.rule, options.attribution_dtype or options.dtype)

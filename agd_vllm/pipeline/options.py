@@ -6,11 +6,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from agd_vllm.attribution.scorer import RULES, SCORERS
+from agd_vllm.attribution.scorer import RULES
+from agd_vllm.attribution.scorer import SCORERS as WORKER_SCORERS
 from agd_vllm.engine.channel import MAX_TOP_K
-from agd_vllm.pipeline.strategies import STRATEGIES, Agd, Cad, Greedy, RandomCandidate, Strategy
+from agd_vllm.pipeline.strategies import STRATEGIES, Agd, Cad, Greedy, InlineAgd, RandomCandidate, Strategy
 
 DTYPES = ("float32", "bfloat16")
+INLINE = "inline"
+SCORERS = (*WORKER_SCORERS, INLINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ class DecoderOptions:
     cad_alpha: float = 0.5
     entropies: bool = False
     engines: int = 1
-    attribution_workers: int = 1
+    attribution_workers: int | None = None
     max_tokens: int = 256
     max_model_len: int | None = None
     dtype: str = "auto"
@@ -70,13 +73,39 @@ class DecoderOptions:
             (2 <= self.top_k <= MAX_TOP_K, f"top_k {self.top_k}: a choice is among 2 to {MAX_TOP_K} candidates"),
             (0 <= self.min_prob <= 1, f"min_prob {self.min_prob}: must lie between 0 and 1"),
             (self.engines >= 1, f"engines {self.engines}: at least 1"),
-            (self.attribution_workers >= 1, f"attribution_workers {self.attribution_workers}: at least 1"),
+            (
+                self.attribution_workers is None or self.attribution_workers >= 1,
+                f"attribution_workers {self.attribution_workers}: at least 1",
+            ),
+            (
+                not self.inline or self.attribution_workers is None,
+                "attribution_workers: scorer inline has none; leave it out, or take scorer forward",
+            ),
+            (
+                not self.inline or self.attribution_dtype in (None, self.dtype),
+                f"attribution_dtype {self.attribution_dtype!r}: scorer inline attributes in the engine's dtype; leave "
+                "it out, or take scorer forward",
+            ),
+            (
+                self.scorer != INLINE or self.strategy != Cad.name,
+                "scorer inline: strategy cad contrasts two sequences and attributes nothing; leave scorer out",
+            ),
             (self.max_tokens >= 1, f"max_tokens {self.max_tokens}: at least 1"),
             (self.max_model_len is None or self.max_model_len >= 1, f"max_model_len {self.max_model_len}: at least 1"),
         )
         for fine, message in checks:
             if not fine:
                 raise ValueError(message)
+
+    @property
+    def inline(self) -> bool:
+        """Whether the run attributes inside vLLM, without workers."""
+        return self.scorer == INLINE and self.strategy == Agd.name
+
+    @property
+    def workers(self) -> int:
+        """Attribution workers of strategies that need them."""
+        return 1 if self.attribution_workers is None else self.attribution_workers
 
     @property
     def default_roi(self) -> str:
@@ -86,8 +115,9 @@ class DecoderOptions:
         return "none" if self.roi_heads else "role=system"
 
     def make_strategy(self) -> Strategy:
+        inline = InlineAgd(self.rule, self.tau, self.top_k, self.min_prob)
         made = {
-            Agd.name: Agd(),
+            Agd.name: inline if self.inline else Agd(),
             Greedy.name: Greedy(self.entropies),
             Cad.name: Cad(self.cad_alpha),
             RandomCandidate.name: RandomCandidate(self.seed),

@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from agd_vllm.attribution.pool import AttributionPool
+from agd_vllm.engine.channel import ReportsLost
 from agd_vllm.engine.engine import Engine
-from agd_vllm.engine.events import SessionStalled
+from agd_vllm.engine.events import SessionFailed, SessionStalled
 from agd_vllm.engine.stops import StopCheck
 from agd_vllm.faults import FaultLog
 from agd_vllm.records import GuidedStep, PreparedRow
@@ -38,3 +39,14 @@ class RowDecoding:
                 self.faults.record("sessions_resubmitted", row=self.row.id, step=len(self.stops.token_ids))
                 if attempt == SESSIONS_PER_ROW:
                     raise
+
+    async def with_all_reports(self, run: Callable[[], Awaitable[str]]) -> str:
+        """Awaits `run`, which decodes the row to its end, again from the prompt where reports of it were lost."""
+        for attempt in itertools.count(1):
+            try:
+                return await run()
+            except ReportsLost as lost:
+                self.faults.record("reports_lost", row=self.row.id, reason=str(lost))
+                if attempt == SESSIONS_PER_ROW:
+                    raise SessionFailed(str(lost)) from lost
+                self.stops.restart()

@@ -156,7 +156,7 @@ def _write_summary(settings: RunSettings, decoder: Decoder, identity: dict[str, 
         "tokens_per_second": counts["output_tokens"] / total["seconds"] if total["seconds"] else 0.0,
         **identity,
         "engines": decoder.options.engines,
-        "attribution_workers": decoder.options.attribution_workers,
+        "attribution_workers": 0 if decoder.options.inline else decoder.options.workers,
         "versions": versions(),
     }
     write_summary(settings.output, summary)

@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 
 from agd_vllm.engine.engine import CONTRAST_PROCESSOR, ENTROPY_PROCESSOR
 from agd_vllm.engine.events import Finished
+from agd_vllm.inline.arguments import PROCESSOR_V1 as INLINE_PROCESSOR
 from agd_vllm.pipeline.row_decoding import RowDecoding
 from agd_vllm.records import Gate, GuidedStep, PreparedRow, Roi, RowRefused
 
@@ -22,6 +23,8 @@ class Strategy(ABC):
     regions: ClassVar[bool] = True
     pauses: ClassVar[bool] = True
     attribution: ClassVar[bool] = False
+    # Whether its rows are plain requests of an engine that attributes by itself.
+    inline: ClassVar[bool] = False
 
     @property
     def processors(self) -> tuple[str, ...]:
@@ -100,7 +103,7 @@ class Gated(Strategy):
             while not isinstance(event, Finished):
                 with decoding.engine.occupancy.pause():
                     scored = await scores.score(row.id, row.prompt_token_ids + stops.token_ids, row.roi, event)
-                step = guided_step(event, scored)
+                step = GuidedStep.of(event, scored)
                 if any(map(math.isnan, scored)):
                     decoding.faults.record("nan_scores", row=row.id, step=step.step)
                 decoding.steps.append(step)
@@ -120,6 +123,44 @@ class Agd(Gated):
 
 
 AGD = Agd()
+
+
+@dataclass(frozen=True, slots=True)
+class InlineAgd(Strategy):
+    """As Agd, with relevance and choice inside vLLM's own forward pass (`inline`): no row pauses."""
+
+    rule: str
+    tau: float
+    top_k: int
+    min_prob: float
+    name = Agd.name
+    pauses = False
+    inline = True
+
+    @property
+    def processors(self) -> tuple[str, ...]:
+        return (INLINE_PROCESSOR,)
+
+    async def decode(self, decoding: RowDecoding) -> str:
+        if not decoding.row.roi:
+            return await Greedy().decode(decoding)
+        return await decoding.with_all_reports(lambda: self._request(decoding))
+
+    async def _request(self, decoding: RowDecoding) -> str:
+        from agd_vllm.inline.params import inline_params_of
+
+        roi = decoding.row.roi
+        gate = (self.rule, self.tau, self.top_k, self.min_prob)
+        async with decoding.engine.request(
+            decoding.row, decoding.stops, lambda key: inline_params_of(roi, key, *gate)
+        ) as request:
+            finished = await request.next()
+            steps = request.guided_steps()
+        for step in steps:
+            if any(map(math.isnan, step.scores)):
+                decoding.faults.record("nan_scores", row=decoding.row.id, step=step.step)
+        decoding.steps.extend(steps)
+        return finished.reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,20 +227,6 @@ def prompt_without_region(row: PreparedRow) -> list[int]:
     """The prompt's tokens but for those of weighted spans."""
     region = {at for span in row.roi.spans if span.weight for at in range(span.start, span.end)}
     return [token_id for at, token_id in enumerate(row.prompt_token_ids) if at not in region]
-
-
-def guided_step(gate: Gate, scores: list[float]) -> GuidedStep:
-    """The candidate of the highest score, the more probable one among equals; the greedy token where a score is NaN."""
-    best = 0 if any(map(math.isnan, scores)) else max(range(len(scores)), key=scores.__getitem__)
-    return GuidedStep(
-        step=gate.step,
-        entropy=gate.entropy,
-        candidate_ids=list(gate.candidate_ids),
-        candidate_probs=list(gate.candidate_probs),
-        scores=scores,
-        chosen_id=gate.candidate_ids[best],
-        greedy_id=gate.candidate_ids[0],
-    )
 
 
 STRATEGIES: dict[str, type[Strategy]] = {each.name: each for each in (Agd, Greedy, Cad, RandomCandidate)}

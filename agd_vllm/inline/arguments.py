@@ -1,0 +1,90 @@
+"""What vLLM is started with for inline attribution, and what it cannot be combined with."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from agd_vllm.models.architectures import check_supported
+
+CONFIG = "agd_inline"
+CLASSES = {
+    name: f"agd_vllm.inline.models:Inline{name}"
+    for name in (
+        "Gemma3ForCausalLM",
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+    )
+}
+PROCESSOR_V1 = "agd_vllm.inline.processor_v1:InlineProcessorV1"
+# A batch of prompts whose temporaries stay in a CPU's cache.
+CPU_BATCH_TOKENS = 512
+DTYPES = ("float32", "bfloat16")
+# Engine arguments that it has no code for, and the values that ask for nothing.
+WITHOUT = {
+    "tensor_parallel_size": 1,
+    "pipeline_parallel_size": 1,
+    "decode_context_parallel_size": 1,
+    "enable_lora": False,
+    "quantization": None,
+    "kv_cache_dtype": "auto",
+    "model_class_overrides": {},
+    "additional_config": {},
+}
+INSTEAD = "leave it out, or take --scorer forward"
+
+
+def engine_args(
+    model: str,
+    rule: str = "attnlrp",
+    dtype: str = "auto",
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Keyword arguments for `vllm.LLM` (or AsyncEngineArgs) that decode with inline attribution by `rule`; add yours.
+
+    Raises ValueError, in one line, for a model or a machine that it has no code for.
+    """
+    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    name = check_supported(config)
+    if name not in CLASSES:
+        raise ValueError(f"{name} has no inline class; take --scorer forward, or one of {', '.join(CLASSES)}")
+    own = f"{config.get_text_config().dtype}".removeprefix("torch.")
+    if dtype == "auto" and own not in (*DTYPES, "None"):
+        raise ValueError(f"dtype: the model's is {own}, inline attribution has {' and '.join(DTYPES)}; name one")
+    if torch.cuda.is_available() or os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        raise ValueError("inline attribution runs on CPUs, with vLLM's Model Runner V1 only; take --scorer forward")
+    args: dict[str, Any] = {
+        "model": model,
+        "dtype": dtype,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "model_class_overrides": {name: CLASSES[name]},
+        "logits_processors": [PROCESSOR_V1],
+        # Part of the key of vLLM's compile cache.
+        "additional_config": {CONFIG: {"rule": rule}},
+        # What lies between the linear layers are kernels of ours.
+        "enforce_eager": True,
+        # Windows are the kernel's: all layers share one kind of block.
+        "disable_hybrid_kv_cache_manager": True,
+        "max_num_batched_tokens": CPU_BATCH_TOKENS,
+    }
+    return args
+
+
+def rule_name(vllm_config: Any) -> str:
+    """The rule that an engine was started with."""
+    return vllm_config.additional_config[CONFIG]["rule"]
+
+
+def check_arguments(dtype: str, given: dict[str, Any]) -> None:
+    """Raises ValueError, in one line, for engine arguments that inline attribution has no code for."""
+    for key, nothing in WITHOUT.items():
+        if key in given and given[key] not in (nothing, dtype if key == "kv_cache_dtype" else nothing):
+            raise ValueError(f"--engine-arg {key}: inline attribution does not work with it; {INSTEAD}")

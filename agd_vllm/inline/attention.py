@@ -1,0 +1,116 @@
+"""Attention over values and tangents as vLLM sees it: a layer, its backend, and the metadata of a batch.
+
+The layer takes the plain attention's name, so that scheduler, block tables, prefix cache and preemption are vLLM's own;
+only a page is larger: keys and values of both streams (with CP-LRP, whose keys have no tangent, three planes of four).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata, MultipleOf
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
+
+from agd_vllm.attribution.rules import Rule
+from agd_vllm.inline.paged_twin import paged_twin
+from agd_vllm.kernels import paged_attention
+from agd_vllm.kernels.paged_attention import PagedBatch, PagedLayer
+
+
+@dataclass(frozen=True, slots=True)
+class DualMetadata:
+    """The rows of a batch, in its order: tokens [starts[i], starts[i + 1]) are those of row i, of which `lengths[i]`
+    stand in the cache already; token n goes to `slots[n]` (-1: nowhere)."""
+
+    block_table: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    counts: torch.Tensor
+    slots: torch.Tensor
+
+
+class DualBuilder(AttentionMetadataBuilder[DualMetadata]):
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> DualMetadata:
+        batch = common_attn_metadata
+        starts = batch.query_start_loc_cpu.long()
+        counts = starts.diff()
+        return DualMetadata(
+            batch.block_table_tensor, starts[:-1], batch.seq_lens.long() - counts, counts, batch.slot_mapping
+        )
+
+
+class DualBackend(AttentionBackend):
+    supported_dtypes: ClassVar = [torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        return "AGD_DUAL"
+
+    @staticmethod
+    def get_impl_cls():
+        """None: the layer calls the kernel itself."""
+
+    @staticmethod
+    def get_builder_cls() -> type[DualBuilder]:
+        return DualBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[MultipleOf]:
+        return [MultipleOf(paged_attention.BLOCK_MULTIPLE)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # A layer's page lies in one piece, and may be read as the kernel likes.
+        return (KVCacheLayout.LBHNC,)
+
+
+class DualAttention(nn.Module, AttentionLayerBase):
+    """One layer's attention, registered under `name` with `vllm_config`; to be told the rest by `prepare`, once the
+    weights are loaded."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, name: str, num_heads: int, num_kv_heads: int, head_dim: int, rule: Rule
+    ):
+        super().__init__()
+        self.name = name
+        self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
+        self._rule = rule
+        self._dtype = vllm_config.model_config.dtype
+        self._attend = paged_attention.attend if paged_attention.available(head_dim) else paged_twin
+        self.kv_cache = torch.tensor([])
+        vllm_config.compilation_config.static_forward_context[name] = self
+
+    def prepare(self, index: int, layer: PagedLayer) -> None:
+        self._index, self._layer = index, layer
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return DualBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
+        return FullAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=self._num_kv_heads,
+            head_size=self._head_dim * (2 if self._rule.scores else 1),
+            head_size_v=self._head_dim * 2,
+            dtype=self._dtype,
+        )
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        """`kv_cache` [blocks, K, block size, planes x D], each block in one piece: read as [blocks, K, planes, block
+        size, D]."""
+        blocks, heads, size, _ = kv_cache.shape
+        paged_attention.large_pages(kv_cache)
+        self.kv_cache = kv_cache.view(blocks, heads, -1, size, self._head_dim)
+
+    def forward(self, batch: PagedBatch | None, qkv: torch.Tensor) -> torch.Tensor:
+        """qkv [2 N, (H + 2 K) D], values before tangents, neither rotated, to [2 N, H D]."""
+        if batch is None:
+            return qkv.new_zeros(len(qkv), self._num_heads * self._head_dim)
+        return self._attend(batch, self._layer, self._index, self.kv_cache, qkv)
