@@ -4,14 +4,12 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "lanes.h"
+#include "attention.h"
 
 // Queries of one task: their scores for some thousand keys still lie in the second-level cache.
 #define TOKENS 8
 // Keys whose values are read while every query of the task uses them: they stay in the first-level cache.
 #define TILE 32
-// Keys that a query meets at once.
-#define KEYS 8
 
 typedef struct {
     void *keys, *values;  // of layer 0: [layers, kv_heads, streams, capacity, head_dim]
@@ -26,28 +24,6 @@ typedef struct {
     int64_t half;  // the caches hold bfloat16, else float
     float score_factor, value_factor;
 } Shape;
-
-// Lanes of a and b, those of b counted on from LANES.
-#ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-typedef int32_t indices __attribute__((vector_size(4 * LANES)));
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (indices){__VA_ARGS__})
-#endif
-
-// Sums of neighbouring lanes: those of `a` in the first half, those of `b` in the second.
-static inline lanes pair_sums(lanes a, lanes b) {
-    return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-}
-
-// The sum over the lanes of each of KEYS vectors.
-static inline void store_sums(const lanes x[KEYS], float to[KEYS]) {
-    const lanes low = pair_sums(pair_sums(x[0], x[1]), pair_sums(x[2], x[3]));
-    const lanes high = pair_sums(pair_sums(x[4], x[5]), pair_sums(x[6], x[7]));
-    const lanes pairs = pair_sums(low, high), sums = pair_sums(pairs, pairs);
-    memcpy(to, &sums, KEYS * sizeof(float));
-}
 
 // Sums over a row of the products with each of KEYS rows `k`, those of q2 with k2 added where there are any.
 INLINE void products(const int dim, const float *q, const float *k, const float *q2, const float *k2, float *to) {

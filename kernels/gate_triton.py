@@ -24,7 +24,7 @@ def gate(
     tau: torch.Tensor,
     top_k: int,
     min_prob: torch.Tensor,
-    pause: torch.Tensor,
+    pause: torch.Tensor | None,
 ) -> GateDecision:
     """See `agd_vllm.kernels.gate.gate`."""
     num_rows, vocab = len(rows), logits.shape[1]
@@ -102,15 +102,17 @@ def _measure(
     sum((x - m) exp(x - m)) over all of it."""
     chunk, position = tl.program_id(0), tl.program_id(1)
     row = logits + tl.load(rows + position).to(tl.int64) * stride
-    paused = tl.load(pause + position)
+    paused = -1 if pause is None else tl.load(pause + position)
     tiles = chunk * TILES + tl.arange(0, TILES)
     tokens = tiles[:, None] * TILE + tl.arange(0, TILE)[None, :]
     x = tl.load(row + tokens, mask=tokens < vocab, other=float("-inf")).to(tl.float32)
     highest = tl.max(tl.where(tokens == paused, float("-inf"), x), 1)
     tl.store(maxima + position * num_tiles + tiles, highest, mask=tiles < num_tiles)
 
-    # PAUSE's own logit counts whether it lies in this chunk or not: nothing above the row's highest.
-    top = tl.maximum(tl.max(highest, 0), tl.load(row + paused).to(tl.float32))
+    top = tl.max(highest, 0)
+    if pause is not None:
+        # PAUSE's own logit counts whether it lies in this chunk or not: nothing above the row's highest.
+        top = tl.maximum(top, tl.load(row + paused).to(tl.float32))
     z = x - tl.where(top == float("-inf"), 0.0, top)
     e = tl.exp(z)
     # exp(-1e4) is 0: the bound changes nothing but 0 * -inf, which would be NaN.
@@ -150,7 +152,7 @@ def _decide(
     """Of one row: entropy and log-sum-exp from its chunks, the candidates if it is uncertain, PAUSE's logit."""
     position = tl.program_id(0)
     row = logits + tl.load(rows + position).to(tl.int64) * stride
-    paused = tl.load(pause + position)
+    paused = -1 if pause is None else tl.load(pause + position)
     chunks = tl.arange(0, CHUNKS)
     there = chunks < num_chunks
     start = partials + position * 3 * num_chunks + chunks
@@ -198,4 +200,5 @@ def _decide(
     tl.store(candidate_counts + position, count)
     opened = count >= 2
     tl.store(opens + position, opened)
-    tl.store(row + paused, tl.where(opened, largest, float("-inf")))
+    if pause is not None:
+        tl.store(row + paused, tl.where(opened, largest, float("-inf")))

@@ -92,39 +92,41 @@ enum { ATTNLRP, CPLRP, IXG };
 // Elements whose factors are kept while the tangents use them.
 #define CHUNK 64
 
-INLINE void gate_row(int half, int activation, int rule, const void *gate, const void *up, void *out, int64_t plane,
-                     int64_t num_streams, int64_t from, int64_t dim) {
+INLINE void gate_row(int half, int activation, int rule, const void *gate, const void *up, int64_t stride, void *out,
+                     int64_t num_streams, int64_t rows, int64_t row, int64_t dim) {
     const float scale = 0.79788456f, cubic = 0.044715f;  // sqrt(2 / pi): the tanh approximation of GELU
-    for (int64_t start = from; start < from + dim; start += CHUNK) {
+    for (int64_t start = 0; start < dim; start += CHUNK) {
         float on_gate[CHUNK], on_up[CHUNK];
-        const int64_t count = from + dim - start < CHUNK ? from + dim - start : CHUNK;
+        const int64_t count = dim - start < CHUNK ? dim - start : CHUNK;
+        const int64_t from = row * stride + start, to = row * dim + start;
 #pragma omp simd
         for (int64_t i = 0; i < count; i++) {
-            const float g = get(gate, half, start + i), u = get(up, half, start + i);
+            const float g = get(gate, half, from + i), u = get(up, half, from + i);
             // phi(g) / g: silu's is the sigmoid, and (1 + tanh z) / 2 is the sigmoid of 2 z.
             const float ratio = sigmoid(activation == SILU ? g : 2 * scale * (g + cubic * g * g * g));
             const float curve = ratio * (1 - ratio) * g;
             const float slope = ratio + (activation == SILU ? curve : 2 * scale * (1 + 3 * cubic * g * g) * curve);
             on_gate[i] = rule == ATTNLRP ? ratio * u / 2 : rule == CPLRP ? 0 : slope * u;
             on_up[i] = rule == ATTNLRP ? ratio * g / 2 : ratio * g;
-            put(out, half, start + i, g * ratio * u);
+            put(out, half, to + i, g * ratio * u);
         }
         for (int64_t stream = 1; stream < num_streams; stream++) {
-            const int64_t at = stream * plane + start;
+            const int64_t at = from + stream * rows * stride, put_at = to + stream * rows * dim;
 #pragma omp simd
             for (int64_t i = 0; i < count; i++)
-                put(out, half, at + i, on_gate[i] * get(gate, half, at + i) + on_up[i] * get(up, half, at + i));
+                put(out, half, put_at + i, on_gate[i] * get(gate, half, at + i) + on_up[i] * get(up, half, at + i));
         }
     }
 }
 
-// gate, up and out [streams, rows, dim], all of one kind. The compiler makes a loop of its own for each case.
-void agd_gated(const Rows *gate, const Rows *up, Rows *out, int64_t num_streams, int64_t rows, int64_t dim,
-               int32_t activation, int32_t rule) {
+// gate, up and out [streams, rows, dim], all of one kind, rows of gate and up `stride` elements apart. The compiler makes
+// a loop of its own for each case.
+void agd_gated(const Rows *gate, const Rows *up, int64_t stride, Rows *out, int64_t num_streams, int64_t rows,
+               int64_t dim, int32_t activation, int32_t rule) {
 #define CASE(ACTIVATION, RULE)                                                                                   \
     case (ACTIVATION) * 3 + (RULE):                                                                              \
-        FOR_KINDS(gate, gate_row(half, ACTIVATION, RULE, gate->data, up->data, out->data, rows * dim,            \
-                                 num_streams, row * dim, dim));                                                  \
+        FOR_KINDS(gate, gate_row(half, ACTIVATION, RULE, gate->data, up->data, stride, out->data, num_streams,   \
+                                 rows, row, dim));                                                               \
         break
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) switch (activation * 3 + rule) {

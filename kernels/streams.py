@@ -1,7 +1,7 @@
 """What lies between the linear layers of the tangent pass, on a CPU: one pass over memory each, rounding included.
 
-Streams are float32 or bfloat16 and contiguous; arithmetic is float32. The rules and the twins in PyTorch stand in
-`agd_vllm.attribution.rules`. To be used where `compiled.available()`.
+Streams are float32 or bfloat16 and contiguous, rows of a gated product may lie further apart; arithmetic is float32.
+The rules and the twins in PyTorch stand in `agd_vllm.attribution.rules`. To be used where `compiled.available()`.
 """
 
 from __future__ import annotations
@@ -56,10 +56,13 @@ def rope(heads: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, scale
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: str, rule: str) -> torch.Tensor:
-    """Gate and up [S, N, I] of one dtype to [S, N, I] of the same."""
-    out = torch.empty_like(gate)
+    """Gate and up [S, N, I] of one dtype to [S, N, I] of the same; they may be the halves of one [S, N, 2 I]."""
+    out = gate.new_empty(gate.shape)
     kinds = ACTIVATIONS.index(activation), RULES.index(rule)
-    _function("agd_gated")(_rows(gate), _rows(up), _rows(out), *gate.shape, *kinds)
+    gate, up = gate.flatten(0, 1), up.flatten(0, 1)
+    if gate.stride() != up.stride() or gate.stride(1) != 1:
+        raise ValueError(f"rows must be contiguous and equally far apart, not {gate.stride()}, {up.stride()}")
+    _function("agd_gated")(_kind(gate), _kind(up), gate.stride(0), _kind(out), *out.shape, *kinds)
     return out
 
 
@@ -72,8 +75,14 @@ def _check(*tensors: torch.Tensor) -> None:
 def _rows(tensor: torch.Tensor | None):
     if tensor is None:
         return ctypes.byref(_Rows(None, 0))
-    if not tensor.is_contiguous() or tensor.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"streams must be contiguous and float32 or bfloat16, not {tensor.dtype}, {tensor.stride()}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"streams must be contiguous, not {tensor.stride()}")
+    return _kind(tensor)
+
+
+def _kind(tensor: torch.Tensor):
+    if tensor.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"streams must be float32 or bfloat16, not {tensor.dtype}")
     return ctypes.byref(_Rows(tensor.data_ptr(), tensor.dtype == torch.bfloat16))
 
 
@@ -85,6 +94,6 @@ def _function(name: str):
     function.argtypes = {
         "agd_rms_norm": [pointer, rows, pointer, rows, size, size, size, ctypes.c_float, kind],
         "agd_rope": [rows, pointer, pointer, pointer, size, size, size, size, ctypes.c_float],
-        "agd_gated": [rows, rows, rows, size, size, size, kind, kind],
+        "agd_gated": [rows, rows, size, rows, size, size, size, kind, kind],
     }[name]
     return function

@@ -30,6 +30,16 @@ def test_gated(rule, activation, **case):
     checks.check_gated(streams, **case, rule=rule, activation=activation)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gate_and_up_may_be_halves_of_one_tensor(dtype):
+    both = torch.randn(2, 5, 2 * 130).to(dtype)
+    gate, up = both.chunk(2, -1)
+    halves = streams.gated(gate, up, "silu", "attnlrp")
+    assert torch.equal(halves, streams.gated(gate.contiguous(), up.contiguous(), "silu", "attnlrp"))
+    with pytest.raises(ValueError, match="equally far apart"):
+        streams.gated(gate, up.contiguous(), "silu", "attnlrp")
+
+
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_gates_of_any_size_are_safe(activation):
     checks.check_gates_of_any_size(streams, activation)

@@ -32,7 +32,7 @@ def assert_equal(logits: torch.Tensor, rows, tau, top_k, min_prob, pause) -> lis
         torch.full((count,), tau),
         top_k,
         torch.full((count,), min_prob),
-        torch.tensor(pause, dtype=torch.int32),
+        None if pause is None else torch.tensor(pause, dtype=torch.int32),
     )
     wide = torch.cat((logits, torch.full((len(logits), 7), 9.0)), dim=1).to(logits.dtype)
     ours, theirs = wide.clone(), wide.clone()
@@ -44,7 +44,7 @@ def assert_equal(logits: torch.Tensor, rows, tau, top_k, min_prob, pause) -> lis
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, equal_nan=True, msg=lambda m, name=name: name + m)
     for name in ("open", "candidate_ids", "candidate_count"):
         assert torch.equal(getattr(decision, name), getattr(expected, name)), name
-    # What is written: PAUSE's logit of the gated rows, and nothing beside.
+    # What is written: PAUSE's logit of the gated rows, if any, and nothing beside.
     assert torch.equal(ours.float().nan_to_num(1.5), theirs.float().nan_to_num(1.5))
     return decision.candidate_count.tolist()
 
@@ -60,15 +60,16 @@ def assert_equal(logits: torch.Tensor, rows, tau, top_k, min_prob, pause) -> lis
     top_k=st.sampled_from([2, 5, 20, 64]),
     # Where a probability is the floor itself, both may round it to either side.
     min_prob=st.sampled_from([0.0, 0.0513, 0.0031]),
+    pauses=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_it_equals_its_twin(batch, vocab, dtype, scale, coarse, tau, top_k, min_prob, seed):
+def test_it_equals_its_twin(batch, vocab, dtype, scale, coarse, tau, top_k, min_prob, pauses, seed):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(batch, vocab, generator=generator) * scale
     if coarse:
         logits = logits.round()  # many are equal: the lower id comes first
     rows = (torch.rand(batch, generator=generator) < 0.7).nonzero().flatten().tolist()
-    pause = torch.randint(vocab, (len(rows),), generator=generator).tolist()
+    pause = torch.randint(vocab, (len(rows),), generator=generator).tolist() if pauses else None
     assert_equal(logits.to(dtype), rows, tau, top_k, min_prob, pause)
 
 

@@ -1,11 +1,11 @@
-"""The gate's arithmetic against a literal float64 computation."""
+"""The gate's arithmetic against a literal float64 computation, and its C kernel against the twin in PyTorch."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agd_vllm.kernels.gate import GateDecision, entropy_and_log_sum_exp, gate
+from agd_vllm.kernels.gate import GateDecision, entropy_and_log_sum_exp, gate, gate_compiled, gate_twin
 
 
 def literal(logits: torch.Tensor, tau: float, top_k: int, min_prob: float, pause: int = -1):
@@ -21,9 +21,9 @@ def literal(logits: torch.Tensor, tau: float, top_k: int, min_prob: float, pause
 
 
 def gate_of(logits: torch.Tensor, rows: list[int], tau: float, top_k: int, min_prob: float, pause) -> GateDecision:
-    """One threshold for all of the gated rows; `pause` is one token or one for each of them."""
+    """One threshold for all of the gated rows; `pause` is one token, one for each of them or None."""
     count = len(rows)
-    paused = torch.tensor(pause).expand(count)
+    paused = None if pause is None else torch.tensor(pause).expand(count)
     return gate(
         logits,
         torch.tensor(rows, dtype=torch.long),
@@ -68,6 +68,60 @@ def test_equals_the_literal_gate(batch, vocab, scale, tau, min_prob, seed):
     highest = torch.finfo(torch.float32).max
     logits[rows, pause] = torch.where(decision.open, highest, -float("inf"))
     assert torch.equal(written, logits)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    batch=st.integers(1, 6),
+    vocab=st.integers(2, 3000),
+    scale=st.sampled_from([0.5, 4.0, 30.0]),
+    coarse=st.booleans(),
+    masked=st.sampled_from([0.0, 0.5, 1.0]),
+    tau=st.sampled_from([0.0, 0.7, 1.734]),
+    top_k=st.sampled_from([2, 5, 64]),
+    # Where a probability is the floor itself, both may round it to either side.
+    min_prob=st.sampled_from([0.0, 0.0513, 0.0031]),
+    pauses=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_the_c_kernel_equals_its_twin(batch, vocab, scale, coarse, masked, tau, top_k, min_prob, pauses, seed):
+    """The rows lie further apart than they are long."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.randn(batch, vocab + 7, generator=generator) * scale
+    if coarse:
+        wide = wide.round()  # many are equal: the lower id comes first
+    wide[0, torch.rand(vocab + 7, generator=generator) < masked] = -float("inf")
+    wide[-1, 0] = float("nan") if seed % 4 == 0 else 1.0
+    ours, theirs = wide.clone(), wide.clone()
+    rows = (torch.rand(batch, generator=generator) < 0.7).nonzero().flatten()
+    count = len(rows)
+    pause = torch.randint(vocab, (count,), generator=generator, dtype=torch.int32) if pauses else None
+    arguments = rows, torch.full((count,), tau), top_k, torch.full((count,), min_prob), pause
+    decision = gate_compiled(ours[:, :vocab], *arguments)
+    expected = gate_twin(theirs[:, :vocab], *arguments)
+    for name in ("entropy", "log_sum_exp", "candidate_probs"):
+        one, other = getattr(decision, name), getattr(expected, name)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, equal_nan=True)
+    for name in ("open", "candidate_ids", "candidate_count"):
+        assert torch.equal(getattr(decision, name), getattr(expected, name)), name
+    assert torch.equal(ours.nan_to_num(1.5), theirs.nan_to_num(1.5))
+    assert pauses or torch.equal(ours.nan_to_num(1.5), wide.nan_to_num(1.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_token_that_pauses_every_token_may_be_a_candidate(dtype):
+    logits = torch.zeros(1, 600, dtype=dtype)
+    logits[0, [500, 3]] = torch.tensor([6.0, 5.0], dtype=dtype)
+    written = logits.clone()
+    assert gate_of(written, [0], 0.0, 3, 0.0, None).candidate_ids.tolist() == [[500, 3, 0]]
+    assert torch.equal(written, logits)
+
+
+def test_real_vocabularies():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 151936) * 2
+    entropy, _ = literal(logits, 0.0, 5, 0.0)
+    torch.testing.assert_close(gate_of(logits, [0, 1, 2], 9.0, 5, 0.0, 7).entropy.double(), entropy, atol=5e-6, rtol=0)
 
 
 def test_among_equal_logits_the_lower_id_comes_first():
