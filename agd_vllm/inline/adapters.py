@@ -83,15 +83,19 @@ def _paged_layer(attention: nn.Module, rule: Rule, tables: dict[nn.Module, torch
     if rotary not in tables:
         # vLLM keeps its table in the model's dtype, which is coarse for bfloat16: made anew in float32.
         tables[rotary] = rotary._compute_cos_sin_cache().float().contiguous()
-    query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    norms = [norm(getattr(attention, name)) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    query_norm, key_norm = norms or (None, None)
     return PagedLayer(
         num_heads=attention.num_heads,
         num_kv_heads=attention.num_kv_heads,
         head_dim=attention.head_dim,
         scale=attention.scaling,
+        rope=tables[rotary],
+        score_factor=rule.scores,
+        value_factor=rule.values,
         window=attention.window,
-        tables=tables[rotary],
-        query_norm=norm(query_norm) if query_norm is not None else None,
-        key_norm=norm(key_norm) if key_norm is not None else None,
-        rule=rule,
+        query_gain=query_norm and query_norm.gain,
+        key_gain=key_norm and key_norm.gain,
+        eps=query_norm.eps if query_norm else 0.0,
+        through_norm=rule.through_norm,
     )

@@ -17,9 +17,12 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
 from agd_vllm.attribution.rules import Rule
-from agd_vllm.inline.paged_twin import paged_twin
+from agd_vllm.inline import paged_twin
 from agd_vllm.kernels import paged_attention
 from agd_vllm.kernels.paged_attention import PagedBatch, PagedLayer
+
+# Tokens of a block: what the kernel reads at once.
+BLOCK_MULTIPLE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,9 @@ class DualMetadata:
 
 
 class DualBuilder(AttentionMetadataBuilder[DualMetadata]):
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> DualMetadata:
@@ -63,7 +69,7 @@ class DualBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[MultipleOf]:
-        return [MultipleOf(paged_attention.BLOCK_MULTIPLE)]
+        return [MultipleOf(BLOCK_MULTIPLE)]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -83,7 +89,7 @@ class DualAttention(nn.Module, AttentionLayerBase):
         self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
         self._rule = rule
         self._dtype = vllm_config.model_config.dtype
-        self._attend = paged_attention.attend if paged_attention.available(head_dim) else paged_twin
+        self._kernel = paged_attention if paged_attention.available(head_dim) else paged_twin
         self.kv_cache = torch.tensor([])
         vllm_config.compilation_config.static_forward_context[name] = self
 
@@ -113,4 +119,4 @@ class DualAttention(nn.Module, AttentionLayerBase):
         """qkv [2 N, (H + 2 K) D], values before tangents, neither rotated, to [2 N, H D]."""
         if batch is None:
             return qkv.new_zeros(len(qkv), self._num_heads * self._head_dim)
-        return self._attend(batch, self._layer, self._index, self.kv_cache, qkv)
+        return self._kernel.attend(self._layer, batch, self._index, self.kv_cache, qkv)

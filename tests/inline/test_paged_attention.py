@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agd_vllm.attribution import paged_twin
 from agd_vllm.attribution.rules import RULES
+from agd_vllm.inline import paged_twin
 from agd_vllm.kernels import paged_attention
 from agd_vllm.kernels.paged_attention import HEAD_DIMS, PagedBatch, PagedLayer
 
