@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCK := requirements/cpu.lock
 MODEL := .cache/models/smollm2-135m-instruct
+# Of `make chaos`: forward or inline.
+SCORER ?= forward
 # The CPU build of torch is not on the package index: where PIP_FIND_LINKS names no folder with it, PyTorch's own.
 TORCH_INDEX := $(if $(PIP_FIND_LINKS),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
@@ -27,7 +29,8 @@ lint: $(VENV)/.ready
 
 # Thirty kills, about half an hour.
 chaos: $(VENV)/.ready $(MODEL)/model.safetensors
-	$(BIN)/python tests/chaos.py --model $(MODEL) --kills 30 --json benchmarks/results/chaos.json
+	$(BIN)/python tests/chaos.py --model $(MODEL) --kills 30 --scorer $(SCORER) \
+		--json benchmarks/results/chaos-$(SCORER).json
 
 # Exact pins without what vLLM's metadata asks for and nobody imports (requirements/overrides.txt): hence --no-deps.
 $(VENV)/.ready: $(LOCK) pyproject.toml

@@ -43,8 +43,10 @@ RAY_AGENTS, RAY_AGENTS_STAY_S = ("ray::DashboardAgent", "ray::RuntimeEnvAgent"),
 class ChaosRun:
     """`agd-vllm decode` on short demo rows into `folder`; `rows` of them, the longer the later."""
 
-    def __init__(self, model: Path, folder: Path, rows: int, *options: str):
+    def __init__(self, model: Path, folder: Path, rows: int, *options: str, scorer: str = "forward"):
         folder.mkdir()
+        # Of an inline run the engine is stepped in its actor, and nobody else scores.
+        self.parts_alive = ("actor",) if scorer == "inline" else ("engine", "worker")
         self.output = folder / "out"
         data = folder / "rows.jsonl"
         demo = [row for row in map(json.loads, DEMO_ROWS.read_text().splitlines()) if "messages" in row]
@@ -54,7 +56,7 @@ class ChaosRun:
         self._log, self._faults = folder / "log.txt", folder / "faults.jsonl"
         self._command = [sys.executable, "-m", "agd_vllm", "decode", str(data), "--output", str(self.output)]
         self._command += ["--model", str(model), "--dtype", "float32", "--max-model-len", "1024", "--part-rows", "5"]
-        self._command += ["--log-json", str(self._faults), *options]
+        self._command += ["--log-json", str(self._faults), "--scorer", scorer, *options]
         for arg in ("enforce_eager=true", "kv_cache_memory_bytes=268435456", "max_num_seqs=8"):
             self._command += ["--engine-arg", arg]
 
@@ -120,7 +122,7 @@ def strike(part: str, run: ChaosRun, driver: psutil.Process, at_rows: int, delay
     Returns all processes of the run as they were then; none where the run ended before.
     """
     while driver.is_running() and driver.status() != psutil.STATUS_ZOMBIE:
-        if run.rows() >= at_rows and victims("engine", driver) and victims("worker", driver):
+        if run.rows() >= at_rows and all(victims(name, driver) for name in run.parts_alive):
             time.sleep(delay)
             alive, targets = family(driver), victims(part, driver)
             for target in targets:
@@ -137,12 +139,15 @@ def await_end(processes: list[psutil.Process], timeout: float) -> None:
     assert not alive, f"left behind: {[process.name() for process in alive]}"
 
 
-def unleash(model: Path, folder: Path, kills: list[str], rows: int, seed: int) -> dict[str, Any]:
+def unleash(
+    model: Path, folder: Path, kills: list[str], rows: int, seed: int, scorer: str = "forward"
+) -> dict[str, Any]:
     """Runs undisturbed, then with `kills` (names of PARTS, in this order), compares; returns what happened."""
     rng = random.Random(seed)
     # With two engines and two workers, which batch rows and steps otherwise: the output must not depend on that either.
-    calm = ChaosRun(model, folder / "calm", rows, "--engines", "2", "--attribution-workers", "2")
-    stormy = ChaosRun(model, folder / "stormy", rows)
+    workers = () if scorer == "inline" else ("--attribution-workers", "2")
+    calm = ChaosRun(model, folder / "calm", rows, "--engines", "2", *workers, scorer=scorer)
+    stormy = ChaosRun(model, folder / "stormy", rows, scorer=scorer)
     assert calm.start().wait() == 0, calm.log()
     waiting, launches, agents = list(kills), 0, []
     begun = time.monotonic()
@@ -196,13 +201,15 @@ def unleash(model: Path, folder: Path, kills: list[str], rows: int, seed: int) -
 @click.option("--kills", type=int, default=30, show_default=True)
 @click.option("--rows", type=int, default=400, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--scorer", type=click.Choice(["forward", "inline"]), default="forward", show_default=True)
 @click.option("--json", "output", required=True)
-def main(model, kills, rows, seed, output):
+def main(model, kills, rows, seed, scorer, output):
     from benchmarks.machine import describe
 
-    order = [random.Random(seed + index).choice(list(PARTS)) for index in range(kills)]
+    parts = [part for part in PARTS if scorer != "inline" or part not in ("worker", "engine")]
+    order = [random.Random(seed + index).choice(parts) for index in range(kills)]
     with tempfile.TemporaryDirectory() as folder:
-        result = unleash(model.absolute(), Path(folder), order, rows, seed)
+        result = unleash(model.absolute(), Path(folder), order, rows, seed, scorer) | {"scorer": scorer}
     if result["kills_left"]:
         raise click.ClickException(f"the run ended before {len(result['kills_left'])} kills; raise --rows")
     Path(output).write_text(json.dumps(result | describe(), indent=2) + "\n")

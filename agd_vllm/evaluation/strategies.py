@@ -10,7 +10,8 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from agd_vllm.pipeline.options import DecoderOptions
+from agd_vllm.pipeline.options import INLINE, DecoderOptions
+from agd_vllm.pipeline.strategies import Agd
 
 # What is the whole evaluation's, not a strategy's: quality is measured under one model, and the rest is its output.
 NOT_A_KEY = ("model", "strategy", "engine_args", "chat_template_kwargs", "log_json", "trace", "debug")
@@ -40,6 +41,8 @@ def parse_strategies(text: str, options: DecoderOptions) -> list[Strategy]:
                 f"{strategy.folder}; name each once"
             )
         found[strategy.folder] = strategy
+    if options.attribution_workers is not None and all(strategy.options.inline for strategy in found.values()):
+        raise ValueError("--attribution-workers: every strategy attributes inline, without workers; leave it out")
     return list(found.values())
 
 
@@ -52,7 +55,11 @@ def _parse(item: str, options: DecoderOptions) -> Strategy:
             raise ValueError(f"--strategies {item}: {setting!r} is not KEY=VALUE")
         values[key.replace("-", "_")] = value
     try:
-        changed = dataclasses.replace(options, strategy=name, **typed_options(values))
+        typed = typed_options(values)
+        if name == Agd.name and typed.get("scorer", options.scorer) == INLINE:
+            # Those of the other strategies.
+            typed = {"attribution_workers": None, "attribution_dtype": None} | typed
+        changed = dataclasses.replace(options, strategy=name, **typed)
     except ValueError as error:
         raise ValueError(f"--strategies {item}: {error}") from error
     folder = re.sub("[^A-Za-z0-9]", "-", item)

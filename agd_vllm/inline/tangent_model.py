@@ -12,6 +12,7 @@ from agd_vllm.attribution.rules import ACTIVATIONS, RULES, Norm
 from agd_vllm.inline import adapters
 from agd_vllm.inline.adapters import InlineLayer
 from agd_vllm.inline.arguments import rule_name
+from agd_vllm.inline.attention import DualAttention
 from agd_vllm.inline.operations import Operations
 from agd_vllm.inline.runner_v1 import RunnerV1
 
@@ -32,6 +33,7 @@ class TangentModel:
         activation = ACTIVATIONS[getattr(config, "hidden_activation", None) or config.hidden_act]
         self._ops = Operations(self._rule, activation, self._dtype)
         adapters.replace_attention(vllm_config, self.model.layers, self._rule)
+        _check_room(vllm_config, [layer.self_attn.attn for layer in self.model.layers])
         self._runner = RunnerV1.of(vllm_config)
         first = self.model.layers[0].self_attn
         self._runner.serve(first.attn.name, len(self.model.layers), first.num_heads)
@@ -76,6 +78,18 @@ class TangentModel:
         value, tangent = hidden_states.chunk(2, dim=-1)
         self._runner.keep(tangent, self.lm_head.weight)
         return super().compute_logits(value.to(self._dtype).contiguous())
+
+
+def _check_room(vllm_config: VllmConfig, layers: list[DualAttention]) -> None:
+    """Raises ValueError, before weights are loaded, where the KV cache cannot hold one row of the greatest length."""
+    there = vllm_config.cache_config.kv_cache_memory_bytes
+    needed = sum(layer.get_kv_cache_spec(vllm_config).max_memory_usage_bytes(vllm_config) for layer in layers)
+    if there is not None and needed > there:
+        raise ValueError(
+            f"a row of --max-model-len {vllm_config.model_config.max_model_len} takes {needed / 2**30:.2f} GiB of KV "
+            f"cache, which holds tangents, too, and there are {there / 2**30:.2f} GiB; lower it, or raise --engine-arg "
+            "kv_cache_memory_bytes=..."
+        )
 
 
 def _linear(module: nn.Module, rows: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from agd_vllm.pipeline import placement
 from agd_vllm.pipeline.fleet import Fleet, kill, loaded
 from agd_vllm.pipeline.options import DecoderOptions
 from agd_vllm.pipeline.source import Source
+from agd_vllm.pipeline.strategies import Agd
 from agd_vllm.pipeline.teams import Demand, teams
 from agd_vllm.prompts.heads import read_head_set
 from agd_vllm.prompts.prepare import Preparer
@@ -131,6 +132,8 @@ class Decoder:
         attribution = AttributionSettings(options.scorer, options.rule, options.attribution_dtype or options.dtype)
         engine_cores, worker_cores = placement.cores(cluster, options.engines, workers)
         self.layout = placement.layout(cluster.shares, engine_cores, worker_cores)
+        if options.strategy == Agd.name:
+            self.layout += f"; scorer {options.scorer}"
         self._workers = [
             placement.make_worker(cluster, index, model, replace(attribution, cores=cores), debug)
             for index, cores in enumerate(worker_cores)

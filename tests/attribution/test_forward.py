@@ -13,7 +13,8 @@ import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from requests_for_tiny import as_request, long_request, random_case
+from requests_for_tiny import as_request, long_request
+from tiny_oracle import CASES, MODELS, assert_close
 
 from agd_vllm.attribution import forward
 from agd_vllm.attribution.forward import ForwardScorer
@@ -21,10 +22,6 @@ from agd_vllm.attribution.operations import TorchOperations
 from agd_vllm.attribution.scorer import RULES
 from agd_vllm.kernels import compiled
 from agd_vllm.records import Roi, ScoreRequest, Span
-
-MODELS = sorted(tiny.configs())
-CASES = 6
-BOUND = 1e-5
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,46 +34,13 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("tiny")
-    return {name: tiny.save(name, folder) for name in MODELS}
-
-
-@pytest.fixture(scope="session")
-def cases(models) -> dict[str, list[dict]]:
-    rng = random.Random(7)
-    kinds = ("spans", "heads", "both")
-    return {name: [random_case(rng, f"{name}-{i}", kinds[i % 3]) for i in range(CASES)] for name in models}
-
-
-@pytest.fixture(scope="session")
-def oracle(models, cases, tmp_path_factory) -> dict[str, dict[str, list[list[float]]]]:
-    """Scores by rule, then by model."""
-    folder = tmp_path_factory.mktemp("oracle")
-    scores = {}
-    for rule in RULES:
-        job = {
-            "rule": rule,
-            "batched": True,
-            "output": str(folder / f"{rule}.json"),
-            "models": {str(models[name]): cases[name] for name in models},
-        }
-        command = [sys.executable, str(Path(__file__).parent / "oracle.py")]
-        subprocess.run(command, input=json.dumps(job), text=True, check=True, timeout=500)
-        answers = json.loads((folder / f"{rule}.json").read_text())
-        scores[rule] = {name: answers[str(models[name])] for name in models}
-        scores[rule] |= {f"{name} batched": answers[f"{models[name]} batched"] for name in models}
-    return scores
-
-
-@pytest.fixture(scope="session")
-def scorer(models):
+def scorer(tiny_models):
     """Forward scorers, each loaded once."""
     loaded: dict[tuple[str, str], ForwardScorer] = {}
 
     def load(name: str, rule: str) -> ForwardScorer:
         if (name, rule) not in loaded:
-            loaded[name, rule] = ForwardScorer(str(models[name]), rule=rule)
+            loaded[name, rule] = ForwardScorer(str(tiny_models[name]), rule=rule)
         return loaded[name, rule]
 
     return load
@@ -86,33 +50,30 @@ def fresh(request: ScoreRequest, name: str) -> ScoreRequest:
     return dataclasses.replace(request, sequence=name)
 
 
-def assert_close(ours, theirs):
-    for a, b in zip(ours, theirs, strict=True):
-        assert a == pytest.approx(b, abs=BOUND * max(map(abs, b)), rel=0)
-
-
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_full_pass_equals_reverse_mode(scorer, cases, oracle, name, rule):
-    requests = [as_request(case) for case in cases[name]]
-    assert_close(scorer(name, rule).score(requests), oracle[rule][name])
+def test_a_full_pass_equals_reverse_mode(scorer, tiny_cases, tiny_oracle, name, rule):
+    requests = [as_request(case) for case in tiny_cases[name]]
+    assert_close(scorer(name, rule).score(requests), tiny_oracle[rule][name])
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_full_pass_without_compiled_kernels_equals_reverse_mode(monkeypatch, models, cases, oracle, name):
+def test_a_full_pass_without_compiled_kernels_equals_reverse_mode(
+    monkeypatch, tiny_models, tiny_cases, tiny_oracle, name
+):
     monkeypatch.setattr(compiled, "available", lambda: False)
     for rule in RULES:
-        scorer = ForwardScorer(str(models[name]), rule=rule)
+        scorer = ForwardScorer(str(tiny_models[name]), rule=rule)
         assert isinstance(scorer.tangents.ops, TorchOperations)
-        assert_close(scorer.score([as_request(case) for case in cases[name]]), oracle[rule][name])
+        assert_close(scorer.score([as_request(case) for case in tiny_cases[name]]), tiny_oracle[rule][name])
 
 
-def test_bfloat16_on_a_cpu_without_instructions_for_it(models):
+def test_bfloat16_on_a_cpu_without_instructions_for_it(tiny_models):
     """oneDNN refuses to lay its weights out there."""
     program = f"""
 from agd_vllm.attribution.forward import ForwardScorer
 from agd_vllm.records import Roi, ScoreRequest, Span
-scorer = ForwardScorer({str(models["llama"])!r}, dtype="bfloat16")
+scorer = ForwardScorer({str(tiny_models["llama"])!r}, dtype="bfloat16")
 print(len(scorer.score([ScoreRequest("a", 0, [3, 4, 5], Roi((Span(0, 1),)), (6, 7))])[0]))
 """
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -121,27 +82,27 @@ print(len(scorer.score([ScoreRequest("a", 0, [3, 4, 5], Roi((Span(0, 1),)), (6, 
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_rules_differ(oracle, name):
+def test_rules_differ(tiny_oracle, name):
     """Else the comparison above could pass with one rule for all."""
-    attnlrp, cplrp, ixg = (oracle[rule][name] for rule in RULES)
+    attnlrp, cplrp, ixg = (tiny_oracle[rule][name] for rule in RULES)
     assert attnlrp != cplrp and attnlrp != ixg and cplrp != ixg
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", MODELS)
-def test_padding_and_batches_do_not_change_the_reference(oracle, name, rule):
-    assert_close(oracle[rule][f"{name} batched"], oracle[rule][name])
+def test_padding_and_batches_do_not_change_the_reference(tiny_oracle, name, rule):
+    assert_close(tiny_oracle[rule][f"{name} batched"], tiny_oracle[rule][name])
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_split_into_chunks_and_batches_gives_the_same_scores(scorer, cases, oracle, data):
+def test_any_split_into_chunks_and_batches_gives_the_same_scores(scorer, tiny_cases, tiny_oracle, data):
     """Sequences grow by chunks of any size, in calls that hold any of them; the last call's scores are the oracle's."""
     name, rule = data.draw(st.sampled_from(MODELS)), data.draw(st.sampled_from(RULES))
     chosen = data.draw(st.lists(st.integers(0, CASES - 1), min_size=1, max_size=4, unique=True))
     run = data.draw(st.integers(0, 10**9))
     forward_scorer = scorer(name, rule)
-    requests = {i: fresh(as_request(cases[name][i]), f"split-{run}-{i}") for i in chosen}
+    requests = {i: fresh(as_request(tiny_cases[name][i]), f"split-{run}-{i}") for i in chosen}
     # A region must lie within the tokens that have been sent: prompts hold it, outputs follow.
     held = dict.fromkeys(chosen, 0)
     scores = {}
@@ -160,12 +121,12 @@ def test_any_split_into_chunks_and_batches_gives_the_same_scores(scorer, cases, 
         for (i, end), answer in zip(batch, answers, strict=True):
             held[i], scores[i] = end, answer
     for i in chosen:
-        assert_close([scores[i]], [oracle[rule][name][i]])
+        assert_close([scores[i]], [tiny_oracle[rule][name][i]])
         forward_scorer.release(requests[i].sequence)
 
 
-def test_several_regions_of_one_request_share_the_values(scorer, cases, oracle):
-    requests = [as_request(case) for case in cases["llama"]]
+def test_several_regions_of_one_request_share_the_values(scorer, tiny_cases, tiny_oracle):
+    requests = [as_request(case) for case in tiny_cases["llama"]]
     longest = max(requests, key=lambda request: len(request.token_ids))
     regions = tuple(r.roi for r in requests if all(s.end <= len(longest.token_ids) for s in r.roi.spans))
     assert len(regions) == CASES
@@ -199,13 +160,13 @@ def test_a_guided_step_computes_only_new_tokens(monkeypatch, scorer):
     assert_close(scores, forward_scorer.score([whole]))
 
 
-def test_a_shared_prompt_is_computed_once(monkeypatch, models):
-    forward_scorer = ForwardScorer(str(models["llama"]))
+def test_a_shared_prompt_is_computed_once(monkeypatch, tiny_models):
+    forward_scorer = ForwardScorer(str(tiny_models["llama"]))
     counts = computed_tokens(monkeypatch, forward_scorer)
     requests = [long_request(f"shared-{i}", 200, tail=i) for i in range(8)]
     together = forward_scorer.score(requests)
     assert sum(counts) < 2 * 200
-    alone = [ForwardScorer(str(models["llama"])).score([request])[0] for request in requests[:2]]
+    alone = [ForwardScorer(str(tiny_models["llama"])).score([request])[0] for request in requests[:2]]
     assert_close(together[:2], alone)
     # The same tokens under another region share nothing.
     counts.clear()
@@ -213,20 +174,20 @@ def test_a_shared_prompt_is_computed_once(monkeypatch, models):
     assert sum(counts) == 200
 
 
-def test_long_prompts_are_prefilled_in_bounded_passes(monkeypatch, models):
+def test_long_prompts_are_prefilled_in_bounded_passes(monkeypatch, tiny_models):
     monkeypatch.setattr(forward, "PASS_TOKENS", 64)
-    forward_scorer = ForwardScorer(str(models["gemma3"]))
+    forward_scorer = ForwardScorer(str(tiny_models["gemma3"]))
     counts = computed_tokens(monkeypatch, forward_scorer)
     bounded = forward_scorer.score([long_request(f"long-{i}", 150 + i) for i in range(3)])
     assert max(counts) <= 64
     monkeypatch.setattr(forward, "PASS_TOKENS", 4096)
     assert_close(
-        bounded, ForwardScorer(str(models["gemma3"])).score([long_request(f"l-{i}", 150 + i) for i in range(3)])
+        bounded, ForwardScorer(str(tiny_models["gemma3"])).score([long_request(f"l-{i}", 150 + i) for i in range(3)])
     )
 
 
-def test_a_full_cache_forgets_and_asks_for_the_whole_sequence(models):
-    forward_scorer = ForwardScorer(str(models["llama"]), cache_bytes=1 << 20)
+def test_a_full_cache_forgets_and_asks_for_the_whole_sequence(tiny_models):
+    forward_scorer = ForwardScorer(str(tiny_models["llama"]), cache_bytes=1 << 20)
     requests = [long_request(f"evicted-{i}", 300 + i) for i in range(12)]
     whole = [forward_scorer.score([request])[0] for request in requests]
     assert forward_scorer.cache.num_bytes <= 1 << 20
@@ -234,11 +195,11 @@ def test_a_full_cache_forgets_and_asks_for_the_whole_sequence(models):
     assert forward_scorer.score([follow_up]) == [None]
     assert_close(forward_scorer.score([requests[0]]), whole[:1])
     # A sequence larger than the whole budget is scored all the same.
-    tight = ForwardScorer(str(models["llama"]), cache_bytes=1)
+    tight = ForwardScorer(str(tiny_models["llama"]), cache_bytes=1)
     assert_close(tight.score(requests[:2]), whole[:2])
 
 
-def test_a_sequence_sent_anew_may_be_the_donor_of_another_in_the_same_call(models):
+def test_a_sequence_sent_anew_may_be_the_donor_of_another_in_the_same_call(tiny_models):
     """It is cut back to what its new tokens share, but not before the other has copied what that one shares."""
     rng = random.Random(0)
 
@@ -248,18 +209,18 @@ def test_a_sequence_sent_anew_may_be_the_donor_of_another_in_the_same_call(model
     roi, old = Roi((Span(0, 9),)), tokens(100)
     wanted = {"a": old[:20] + tokens(200), "b": old[:80] + tokens(10)}
     requests = [ScoreRequest(name, 0, token_ids, roi, (5, 6, 7)) for name, token_ids in wanted.items()]
-    scorer = ForwardScorer(str(models["llama"]))
+    scorer = ForwardScorer(str(tiny_models["llama"]))
     scorer.score([ScoreRequest("a", 0, old, roi, (5, 6, 7))])
-    alone = [ForwardScorer(str(models["llama"])).score([request])[0] for request in requests]
+    alone = [ForwardScorer(str(tiny_models["llama"])).score([request])[0] for request in requests]
     assert scorer.score(requests) == [pytest.approx(scores, rel=1e-4, abs=1e-7) for scores in alone]
 
 
-def test_an_unknown_sequence_is_asked_for_and_the_others_are_scored(scorer, cases, oracle):
-    request = as_request(cases["mistral"][0])
+def test_an_unknown_sequence_is_asked_for_and_the_others_are_scored(scorer, tiny_cases, tiny_oracle):
+    request = as_request(tiny_cases["mistral"][0])
     lost = dataclasses.replace(request, sequence="never-seen", start=40, token_ids=[7])
     answers = scorer("mistral", "attnlrp").score([lost, fresh(request, "seen")])
     assert answers[0] is None
-    assert_close(answers[1:], oracle["attnlrp"]["mistral"][:1])
+    assert_close(answers[1:], tiny_oracle["attnlrp"]["mistral"][:1])
 
 
 @pytest.mark.parametrize(
@@ -277,10 +238,10 @@ def test_regions_outside_the_tokens_or_the_model_are_refused(scorer, roi, word):
     assert "\n" not in str(refused.value)
 
 
-def test_quantized_weights_are_refused(models, tmp_path):
+def test_quantized_weights_are_refused(tiny_models, tmp_path):
     copy = tmp_path / "quantized"
     copy.mkdir()
-    for file in models["llama"].iterdir():
+    for file in tiny_models["llama"].iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     config = json.loads((copy / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "awq", "bits": 4}
@@ -289,14 +250,14 @@ def test_quantized_weights_are_refused(models, tmp_path):
         ForwardScorer(str(copy))
 
 
-def test_bfloat16_scores_are_near_and_forward_needs_neither_lxt_nor_a_backward_pass(models, scorer):
+def test_bfloat16_scores_are_near_and_forward_needs_neither_lxt_nor_a_backward_pass(tiny_models, scorer):
     """In a process of its own, where any backward pass raises."""
     program = f"""
 import sys, torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from agd_vllm.attribution.scorer import load_scorer
 from requests_for_tiny import long_request
-scorer = load_scorer("forward", {str(models["qwen2"])!r}, dtype="bfloat16")
+scorer = load_scorer("forward", {str(tiny_models["qwen2"])!r}, dtype="bfloat16")
 def forbidden(*args, **kwargs): raise AssertionError("a backward pass ran")
 torch.autograd.grad = torch.autograd.backward = torch.Tensor.backward = forbidden
 print(scorer.score([long_request("r", 40)])[0])
