@@ -37,6 +37,8 @@ NEUTRAL = {
     "function_call": "none",
     "response_format": {"type": "text"},
 }
+# The same of a message: what clients put into the answers that people send back to be continued.
+NEUTRAL_IN_MESSAGE = {"tool_calls": [], "annotations": []}
 # These shape only a random draw, or who asks for it: with no draw they mean nothing, at any value.
 MEANINGLESS = ("top_p", "top_k", "min_p", "seed", "user")
 
@@ -89,6 +91,13 @@ class _Strict(BaseModel):
 class _Message(_Strict):
     role: Literal[ROLES]
     content: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, message: Any) -> Any:
+        if not isinstance(message, dict):
+            return message
+        return {key: value for key, value in message.items() if NEUTRAL_IN_MESSAGE.get(key, ...) != value}
 
 
 class _Selector(_Strict):
@@ -154,18 +163,20 @@ class _Row(_Strict):
 def parse_row(obj: Any, line: int) -> InputRow:
     """The row that a JSON value describes, in the project's own form or as a line of an OpenAI batch file.
 
-    `line` is only recorded. A key whose value is null counts as absent. Values are never coerced: an id 7 may have
-    been "7" or "007". Metadata that JSON cannot hold raises json's TypeError or ValueError: the reader lets none pass.
+    `line` is only recorded. A key whose value is null counts as absent, at every depth but in metadata: writers give
+    all objects of a column the same keys. Values are never coerced: an id 7 may have been "7" or "007". Metadata that
+    JSON cannot hold raises json's TypeError or ValueError: the reader lets none pass.
     Raises:
         RowRefused: with one line that names the key, what is wrong with it and how to mend it. Its type is
             `not_an_object`, `missing_field`, `invalid_field`, `unknown_field`, `unknown_role` or `refused_parameter`.
     """
     if not isinstance(obj, dict):
         raise RowRefused("not_an_object", f"the row must be a JSON object, not {_shown(obj)}")
-    openai = "custom_id" in obj or "body" in obj
-    fields = _openai_fields(obj) if openai else obj
+    given = _without_nulls(obj)
+    openai = "custom_id" in given or "body" in given
+    fields = _openai_fields(given) if openai else given
     metadata = fields.get("metadata")
-    fields = {key: value for key, value in fields.items() if value is not None and key not in MEANINGLESS}
+    fields = {key: value for key, value in fields.items() if key not in MEANINGLESS}
     for key, neutral in NEUTRAL.items():
         if key in fields:
             _require_neutral(key, fields.pop(key), neutral)
@@ -191,7 +202,8 @@ def parse_row(obj: Any, line: int) -> InputRow:
 
 def row_id(obj: Any) -> str | None:
     """The id that a JSON value carries, as `id` or as OpenAI's `custom_id`; None where it has none that is valid."""
-    found = (obj.get("custom_id") if "custom_id" in obj else obj.get("id")) if isinstance(obj, dict) else None
+    names = ("custom_id", "id") if isinstance(obj, dict) else ()
+    found = next((obj[name] for name in names if obj.get(name) is not None), None)
     return found if isinstance(found, str) and found else None
 
 
@@ -215,12 +227,21 @@ def parse_selector_option(text: str) -> tuple[Selector, ...] | None:
     )
 
 
+def _without_nulls(value: Any) -> Any:
+    """A value without the keys that are null; metadata, of a row or of a body, stays as it is."""
+    if isinstance(value, list):
+        return [_without_nulls(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: part if key == "metadata" else _without_nulls(part) for key, part in value.items() if part is not None}
+
+
 def _openai_fields(obj: dict[str, Any]) -> dict[str, Any]:
     """The fields of a row out of {"custom_id", "method", "url", "body"}."""
     for key in obj:
         if key not in ("custom_id", "method", "url", "body"):
             raise RowRefused("unknown_field", f"unknown key {_shown(key)} beside body; put it into body")
-    if obj.get("method") not in (None, "POST"):
+    if obj.get("method", "POST") != "POST":
         raise RowRefused("invalid_field", f'method must be "POST", not {_shown(obj["method"])}')
     url = obj.get("url")
     if url is not None and not (isinstance(url, str) and url.endswith("/completions")):
@@ -234,7 +255,8 @@ def _openai_fields(obj: dict[str, Any]) -> dict[str, Any]:
     limit = body.get("max_completion_tokens")
     if limit is not None and fields.setdefault("max_tokens", limit) != limit:
         raise RowRefused("invalid_field", "body.max_tokens and body.max_completion_tokens differ; give one")
-    fields["id"] = obj.get("custom_id")
+    if "custom_id" in obj:
+        fields["id"] = obj["custom_id"]
     return fields
 
 

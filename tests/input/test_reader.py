@@ -103,6 +103,95 @@ def test_an_openai_batch_line():
     assert row.raw == line
 
 
+NOTHING = None  # as SDKs and `datasets` write what is not there
+WITH_NULLS = [
+    ({**RAW, "topic": NOTHING, "messages": NOTHING, "temperature": NOTHING, "stop": NOTHING, "roi": NOTHING}, RAW),
+    (
+        {**CHAT, "messages": [{**MESSAGES[0], "refusal": NOTHING, "tool_calls": NOTHING, "name": NOTHING}]},
+        {**CHAT, "messages": MESSAGES[:1]},
+    ),
+    ({**CHAT, "messages": [{**MESSAGES[0], "tool_calls": [], "annotations": []}]}, {**CHAT, "messages": MESSAGES[:1]}),
+    (
+        {**CHAT, "roi": [{"role": NOTHING, "message": 0, "text": NOTHING, "chars": NOTHING, "weight": NOTHING}]},
+        {**CHAT, "roi": [{"message": 0}]},
+    ),
+    (
+        {**CHAT, "chat_template_kwargs": {"enable_thinking": NOTHING, "documents": [{"title": "a", "text": NOTHING}]}},
+        {**CHAT, "chat_template_kwargs": {"documents": [{"title": "a"}]}},
+    ),
+    ({**RAW, "response_format": {"type": "text", "json_schema": NOTHING}, "logit_bias": {"5": NOTHING}}, RAW),
+    ({**RAW, "custom_id": NOTHING, "body": NOTHING, "method": NOTHING}, RAW),
+    (
+        {"custom_id": "p1", "id": NOTHING, "method": NOTHING, "body": {**RAW, "id": NOTHING, "max_tokens": NOTHING}},
+        {"custom_id": "p1", "body": {"prompt": RAW["prompt"]}},
+    ),
+    (
+        {"custom_id": "p1", "body": {"prompt": "x", "max_tokens": NOTHING, "max_completion_tokens": 4}},
+        {"custom_id": "p1", "body": {"prompt": "x", "max_tokens": 4}},
+    ),
+    (
+        {"custom_id": "p1", "body": {"prompt": "x", "max_tokens": 4, "max_completion_tokens": NOTHING}},
+        {"custom_id": "p1", "body": {"prompt": "x", "max_tokens": 4}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "same"), WITH_NULLS)
+def test_null_is_absent_at_every_place(given, same):
+    (row,) = check_rows([given])
+    assert row == replace(parse_row(same, 1), raw=given)
+
+
+def test_nulls_of_metadata_are_data():
+    given = {**RAW, "metadata": {"a": None, "b": [{"c": None}]}}
+    assert parse_row(given, 1).metadata == '{"a": null, "b": [{"c": null}]}'
+    body = {key: given[key] for key in ("prompt", "metadata")}
+    assert parse_row({"custom_id": "c", "body": body}, 1).metadata == '{"a": null, "b": [{"c": null}]}'
+
+
+def test_a_table_written_as_json_lines_holds_the_same_rows_as_parquet(tmp_path):
+    """`datasets` gives every object of a column the same keys, in both; also where rows of several forms meet."""
+    answered = [*MESSAGES, {"role": "assistant", "content": "Bonjour", "refusal": None}, {**MESSAGES[1]}]
+    body = {"messages": MESSAGES, "max_completion_tokens": 4, "response_format": {"type": "text"}}
+    table = pa.Table.from_pylist(
+        [
+            {
+                "id": "a",
+                "messages": answered,
+                "roi": [{"message": 0, "text": "auf", "weight": 2.0}, {"role": "user"}],
+                "chat_template_kwargs": {"a": True},
+                "body": body,
+                "custom_id": "b",
+                "max_tokens": 1,
+            },
+        ]
+    ).slice(0, 0)
+    rows = [
+        {"id": "a", "messages": answered, "roi": [{"message": 0}, {"role": "system", "weight": 3.0}]},
+        {"custom_id": "b", "body": body},
+        {"custom_id": "c", "body": {"messages": MESSAGES}},
+        {"id": "d", "messages": MESSAGES, "chat_template_kwargs": {}},
+        {"id": "e", "messages": [{"role": "user", "content": None}], "roi": [{"role": "user"}]},
+    ]
+    table = pa.Table.from_pylist(rows, schema=table.schema)
+    pq.write_table(table, tmp_path / "rows.parquet")
+    lines = jsonl(tmp_path / "rows.jsonl", *table.to_pylist())
+    assert b"null" in (tmp_path / "rows.jsonl").read_bytes()
+    *good, bad = read(lines)
+    *same, also_bad = read(str(tmp_path / "rows.parquet"))
+    assert [replace(row, raw=None, file=None) for row in good] == [replace(row, raw=None, file=None) for row in same]
+    assert [replace(row, raw=None, file=None) for row in good] == [
+        replace(parse_row(row, line), raw=None) for line, row in enumerate(rows[:-1], start=1)
+    ]
+    assert (bad.id, bad.type, bad.message) == (also_bad.id, also_bad.type, also_bad.message)
+    assert (bad.id, bad.type) == ("e", "missing_field")
+
+
+def test_refused_rows_hold_the_id_that_is_not_null():
+    rows = [{"custom_id": None, "id": "a", "n": 2}, {"custom_id": "b", "id": None, "n": 2}]
+    assert [row.id for row in check_rows(rows)] == ["a", "b"]
+
+
 REFUSED = [
     (5, "not_an_object", "must be a JSON object, not 5"),
     ([CHAT], "not_an_object", "not a list"),
@@ -174,7 +263,7 @@ REFUSED = [
     ({"custom_id": "a", "url": "/v1/embeddings", "body": {"prompt": "x"}}, "invalid_field", "url must be"),
     ({"custom_id": "a", "body": {"prompt": ["x"]}}, "invalid_field", "body.prompt must be"),
     ({"custom_id": "a", "body": {"prompt": "x", "temperature": 1}}, "refused_parameter", "temperature"),
-    ({"custom_id": "a", "body": {**RAW, "id": None}}, "unknown_field", "body.id"),
+    ({"custom_id": "a", "body": RAW}, "unknown_field", "body.id"),
     (
         {"custom_id": "a", "body": {"prompt": "x", "max_tokens": 1, "max_completion_tokens": 2}},
         "invalid_field",
