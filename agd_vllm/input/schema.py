@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -11,6 +12,7 @@ from agd_vllm.records import FLOAT32_MAX, InputRow, RowRefused, Selector
 
 ROLES = ("system", "user", "assistant")
 INT32_MAX = 2**31 - 1  # token ids and counts are int32 in the output
+MAX_PLACE = 200  # characters of a place within a row
 MAX_SELECTORS = 256  # each is searched for in the whole prompt
 
 # Parameters of sampling APIs that people leave in their rows. A row may carry each at the value that changes nothing;
@@ -277,13 +279,15 @@ def _refusal(error: dict[str, Any], openai: bool) -> RowRefused:
         last = "custom_id"
     elif openai:
         parents = ["body", *parents]
-    path = _path([*parents, last])
+    path = place_text([*parents, last])
     if error["type"] == "extra_forbidden":
         if not error["loc"][:-1]:
             return RowRefused("unknown_field", f"unknown key {_shown(last)}; put data of your own under metadata")
         known = _Selector if error["loc"][0] == "roi" else _Message
         keys = ", ".join(known.model_fields)
-        return RowRefused("unknown_field", f"{_path(parents)}: unknown key {_shown(last)}; the known keys are {keys}")
+        return RowRefused(
+            "unknown_field", f"{place_text(parents)}: unknown key {_shown(last)}; the known keys are {keys}"
+        )
     name = next((part for part in reversed(error["loc"]) if isinstance(part, str)), "")
     if error["type"] == "missing":
         return RowRefused("missing_field", f"{path} is missing; it must be {_EXPECTED.get(name, 'given')}")
@@ -297,9 +301,16 @@ def _refusal(error: dict[str, Any], openai: bool) -> RowRefused:
     return RowRefused("invalid_field", f"{path} must be {expected}, not {_shown(error['input'])}")
 
 
-def _path(parts: list[str | int]) -> str:
-    """('messages', 1, 'content') as messages[1].content."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
+def place_text(parts: Iterable[str | int]) -> str:
+    """('messages', 1, 'content') as messages[1].content, on one line, and short whatever the keys."""
+    text = "".join(_step(part) for part in parts).removeprefix(".")
+    return text if len(text) <= MAX_PLACE else f"{text[: MAX_PLACE // 2]}...{text[-MAX_PLACE // 2 :]}"
+
+
+def _step(part: str | int) -> str:
+    if isinstance(part, int):
+        return f"[{part}]"
+    return f".{part}" if part.isidentifier() and len(part) <= 60 else f"[{_shown(part)}]"
 
 
 def _shown(value: Any) -> str:
