@@ -9,18 +9,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any, BinaryIO
+from uuid import UUID
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from agd_vllm.input.id_set import IdSet
-from agd_vllm.input.schema import parse_row, row_id
+from agd_vllm.input.schema import parse_row, place_text, row_id
 from agd_vllm.records import InputRow, RowError, RowRefused
 
 MAX_LINE_BYTES = 64 << 20
@@ -49,15 +52,14 @@ def read_rows(inputs: Sequence[str]) -> Iterator[InputRow | RowError]:
     seen = IdSet()
     for source in inputs:
         for row in _parquet_rows(source) if _is_parquet(source) else _json_rows(source):
-            checked = row if isinstance(row, RowError) else _checked(seen, *row)
-            yield dataclasses.replace(checked, file=source)
+            yield dataclasses.replace(_checked(seen, row), file=source)
 
 
 def check_rows(rows: Iterable[Any]) -> Iterator[InputRow | RowError]:
     """`read_rows` for rows that are in memory, as dicts with the keys of the input file; a line is a row's position."""
     seen = IdSet()
     for line, value in enumerate(rows, start=1):
-        yield _checked(seen, line, value)
+        yield _checked(seen, _Read(line, value))
 
 
 def check_inputs(inputs: Sequence[str]) -> None:
@@ -76,47 +78,91 @@ def check_inputs(inputs: Sequence[str]) -> None:
             raise InputUnusable(f"input {source} is empty; give a file with at least one row, or leave it out")
 
 
-def _checked(seen: IdSet, line: int, value: Any, text: str | None = None) -> InputRow | RowError:
-    """The record of a value. What JSON cannot hold is given in `errors.jsonl` as the text that it was read from."""
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What was read of a row: its value, as far as it could be read where there is a `fault`.
+
+    `text` is what it was read from, for `errors.jsonl`, if JSON cannot hold the value.
+    """
+
+    line: int
+    value: Any
+    text: str | None = None
+    fault: RowRefused | None = None
+
+
+def _checked(seen: IdSet, read: _Read) -> InputRow | RowError:
+    """The record of a row. A faulty one holds its id, too, wherever that can be read."""
+    given = read.value
     try:
-        _require_json(value)
+        _require_json(read.value)
+        fault = read.fault
     except RowRefused as refused:
-        return RowError(_as_text(value) if text is None else text, line, None, refused.type, str(refused))
-    id = row_id(value)
+        fault = read.fault or refused
+        given = _as_text(read.value)
+    if fault is not None and read.text is not None:
+        given = read.text
+    id = row_id(read.value)
+    if id is not None and _SURROGATE.search(id):
+        id = None
     try:
         if id is not None and not seen.add(id):
             raise RowRefused(DUPLICATE_ID, "an earlier row has this id; ids must be unique over all inputs of a run")
-        return parse_row(value, line)
+        if fault is not None:
+            raise fault
+        return parse_row(read.value, read.line)
     except RowRefused as refused:
-        return RowError(value, line, id, refused.type, str(refused))
+        return RowError(given, read.line, id, refused.type, str(refused))
 
 
 def _require_json(value: Any) -> None:
-    """Refuses what cannot be written as JSON in UTF-8 again, wherever in the row it hides."""
-    pending = [(value, 1)]
+    """Refuses what cannot be written as JSON in UTF-8 again, wherever in the row it hides, and says where."""
+    pending: list[tuple[Any, int, Any]] = [(value, 1, None)]  # trails: (trail of the parent, key or index)
     while pending:
-        item, depth = pending.pop()
+        item, depth, trail = pending.pop()
         if depth > MAX_DEPTH:
             raise RowRefused("too_deep", f"the row nests deeper than {MAX_DEPTH} levels; flatten it")
         if isinstance(item, dict):
-            pending += ((part, depth + 1) for pair in item.items() for part in pair)
-            if not all(isinstance(key, str) for key in item):
-                raise RowRefused("not_json", "the row has an object whose keys are not all strings")
+            for key in item:
+                if not isinstance(key, str):
+                    raise RowRefused("not_json", f"{_where(trail)} has a key that is no string; write it as a string")
+                if _SURROGATE.search(key):
+                    raise _lone_surrogate(f"a key of {_where(trail)}")
+            pending += ((part, depth + 1, (trail, key)) for key, part in item.items())
         elif isinstance(item, list):
-            pending += ((part, depth + 1) for part in item)
+            pending += ((part, depth + 1, (trail, index)) for index, part in enumerate(item))
         elif isinstance(item, str):
             if _SURROGATE.search(item):
-                raise RowRefused(
-                    "lone_surrogate", "the row has a lone surrogate (\\ud800 to \\udfff), which no UTF-8 holds"
-                )
+                raise _lone_surrogate(_where(trail))
         elif isinstance(item, float):
             if item != item or item in (float("inf"), float("-inf")):
-                raise RowRefused("not_json", "the row has NaN or a number out of range, which JSON has not; use null")
+                raise RowRefused(
+                    "not_json", f"{_where(trail)} is NaN or a number out of range, which JSON has not; use null"
+                )
         elif isinstance(item, int):
             if item.bit_length() > MAX_INTEGER_BITS:
-                raise RowRefused("not_json", "the row has an integer of more than 1,200 digits; write it as a string")
+                raise RowRefused(
+                    "not_json", f"{_where(trail)} is an integer of more than 1,200 digits; write it as a string"
+                )
         elif item is not None:
-            raise RowRefused("not_json", f"the row has a value of type {type(item).__name__}, which JSON has not")
+            raise RowRefused(
+                "not_json",
+                f"{_where(trail)} is of type {type(item).__name__}, which JSON has not; "
+                "write it as a string, a list or an object",
+            )
+
+
+def _lone_surrogate(where: str) -> RowRefused:
+    return RowRefused("lone_surrogate", f"{where} has a lone surrogate (\\ud800 to \\udfff), which no UTF-8 holds")
+
+
+def _where(trail: tuple | None) -> str:
+    """A trail as the place that it leads to: metadata.scores[2]."""
+    parts: list[str | int] = []
+    while trail is not None:
+        trail, part = trail
+        parts.append(part)
+    return place_text(reversed(parts)) or "the row"
 
 
 def _as_text(value: Any) -> str:
@@ -130,17 +176,17 @@ def _as_text(value: Any) -> str:
 # JSONL
 
 
-def _json_rows(source: str) -> Iterator[tuple[int, Any, str] | RowError]:
+def _json_rows(source: str) -> Iterator[_Read]:
     for number, line, oversized in _lines(source):
         text = line.decode(errors="backslashreplace")
         if oversized:
             message = f"the line is longer than {MAX_LINE_BYTES >> 20} MiB; split the row or shorten it"
-            yield RowError(text, number, None, "line_too_long", message)
+            yield _Read(number, None, text, RowRefused("line_too_long", message))
         elif line.strip():
             try:
-                yield number, _parse_json(line), text
+                yield _Read(number, _parse_json(line), text)
             except RowRefused as refused:
-                yield RowError(text, number, None, refused.type, str(refused))
+                yield _Read(number, _salvaged(line), text, refused)
 
 
 def _parse_json(line: bytes) -> Any:
@@ -160,8 +206,25 @@ def _parse_json(line: bytes) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise RowRefused("invalid_json", "an object of the row names a key twice; keep one of the two")
+        counts = Counter(key for key, _ in pairs)
+        twice = place_text([next(key for key in counts if counts[key] > 1)])
+        raise RowRefused("invalid_json", f"an object of the row names the key {twice} twice; keep one of the two")
     return fields
+
+
+def _salvaged(line: bytes) -> Any:
+    """What a line says that is no valid row, for its id: bytes that are not UTF-8 as lone surrogates, a key that is
+    named twice not at all, no integers."""
+    try:
+        text = line.decode(errors="surrogateescape")
+        return json.loads(text, object_pairs_hook=_unambiguous, parse_int=lambda digits: None)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    counts = Counter(key for key, _ in pairs)
+    return {key: value for key, value in pairs if counts[key] == 1}
 
 
 def _lines(source: str) -> Iterator[tuple[int, bytes, bool]]:
@@ -196,7 +259,7 @@ def _is_parquet(source: str) -> bool:
     return _path(source).endswith(".parquet")
 
 
-def _parquet_rows(source: str) -> Iterator[tuple[int, Any] | RowError]:
+def _parquet_rows(source: str) -> Iterator[_Read]:
     number = 0
     with _open(source) as file:
         with _unusable(source):
@@ -206,10 +269,7 @@ def _parquet_rows(source: str) -> Iterator[tuple[int, Any] | RowError]:
             columns = dict(zip(batch.schema.names, map(_readable, batch.columns), strict=True))
             for index in range(batch.num_rows):
                 number += 1
-                try:
-                    yield number, _parquet_row(columns, index)
-                except RowRefused as refused:
-                    yield RowError(None, number, None, refused.type, str(refused))
+                yield _parquet_row(columns, index, number)
 
 
 def _readable(column: pa.Array) -> pa.Array:
@@ -218,16 +278,19 @@ def _readable(column: pa.Array) -> pa.Array:
     return column.cast(pa.string()) if fine else column
 
 
-def _parquet_row(columns: dict[str, pa.Array], index: int) -> dict[str, Any]:
-    row = {}
+def _parquet_row(columns: dict[str, pa.Array], index: int, number: int) -> _Read:
+    row: dict[str, Any] = {}
+    fault = None
     for name, column in columns.items():
         try:
-            value = column[index].as_py()
+            value = _plain(column[index].as_py(), column.type)
         except (ValueError, OverflowError) as error:  # a string that is not UTF-8, a time that Python cannot hold
-            raise RowRefused("unreadable_value", f"column {name} has a value that cannot be read: {error}") from None
+            message = f"column {name} has a value that cannot be read: {_reason(error)}; mend or remove it"
+            fault = fault or RowRefused("unreadable_value", message)
+            continue
         if value is not None:
-            row[name] = _plain(value)
-    return row
+            row[name] = value
+    return _Read(number, row, fault=fault)
 
 
 def _next_batch(batches: Iterator[pa.RecordBatch], source: str) -> pa.RecordBatch | None:
@@ -235,15 +298,35 @@ def _next_batch(batches: Iterator[pa.RecordBatch], source: str) -> pa.RecordBatc
         return next(batches, None)
 
 
-def _plain(value: Any) -> Any:
-    """A Parquet value as JSON has it. A struct's null fields are absent: every struct of a column has the same."""
+def _plain(value: Any, kind: pa.DataType) -> Any:
+    """A Parquet value as JSON has it: a map is an object. A struct's null fields are absent: every struct of a column
+    has the same."""
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    if value is None:
+        return None
+    if pa.types.is_map(kind):
+        return _map([(_key(key), _plain(part, kind.item_type)) for key, part in value])
     if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items() if part is not None}
+        return {name: _plain(part, kind.field(name).type) for name, part in value.items() if part is not None}
     if isinstance(value, list):
-        return [_plain(part) for part in value]
-    if isinstance(value, (date, datetime, time, timedelta, Decimal)):
+        return [_plain(part, kind.value_type) for part in value]
+    if isinstance(value, (date, datetime, time, timedelta, Decimal, UUID)):
         return str(value)
     return value
+
+
+def _key(key: Any) -> Any:
+    """A map's key as JSON's objects have it, where there is one way to write it."""
+    plain = isinstance(key, (int, date, datetime, time, Decimal, UUID)) and not isinstance(key, bool)
+    return str(key) if plain else key
+
+
+def _map(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("the map has a key twice")
+    return made
 
 
 # Files
@@ -278,5 +361,8 @@ def _unusable(source: str) -> Iterator[None]:
     except IsADirectoryError:
         raise InputUnusable(f"input {source} is a directory; name the files in it") from None
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputUnusable(f"input {source} cannot be read: {reason}; repair or replace it") from error
+        raise InputUnusable(f"input {source} cannot be read: {_reason(error)}; repair or replace it") from error
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -11,6 +12,7 @@ from agd_vllm.records import FLOAT32_MAX, InputRow, RowRefused, Selector
 
 ROLES = ("system", "user", "assistant")
 INT32_MAX = 2**31 - 1  # token ids and counts are int32 in the output
+MAX_PLACE = 200  # characters of a place within a row
 MAX_SELECTORS = 256  # each is searched for in the whole prompt
 
 # Parameters of sampling APIs that people leave in their rows. A row may carry each at the value that changes nothing;
@@ -37,6 +39,8 @@ NEUTRAL = {
     "function_call": "none",
     "response_format": {"type": "text"},
 }
+# The same of a message: what clients put into the answers that people send back to be continued.
+NEUTRAL_IN_MESSAGE = {"tool_calls": [], "annotations": []}
 # These shape only a random draw, or who asks for it: with no draw they mean nothing, at any value.
 MEANINGLESS = ("top_p", "top_k", "min_p", "seed", "user")
 
@@ -89,6 +93,13 @@ class _Strict(BaseModel):
 class _Message(_Strict):
     role: Literal[ROLES]
     content: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, message: Any) -> Any:
+        if not isinstance(message, dict):
+            return message
+        return {key: value for key, value in message.items() if NEUTRAL_IN_MESSAGE.get(key, ...) != value}
 
 
 class _Selector(_Strict):
@@ -154,18 +165,20 @@ class _Row(_Strict):
 def parse_row(obj: Any, line: int) -> InputRow:
     """The row that a JSON value describes, in the project's own form or as a line of an OpenAI batch file.
 
-    `line` is only recorded. A key whose value is null counts as absent. Values are never coerced: an id 7 may have
-    been "7" or "007". Metadata that JSON cannot hold raises json's TypeError or ValueError: the reader lets none pass.
+    `line` is only recorded. A key whose value is null counts as absent, at every depth but in metadata: writers give
+    all objects of a column the same keys. Values are never coerced: an id 7 may have been "7" or "007". Metadata that
+    JSON cannot hold raises json's TypeError or ValueError: the reader lets none pass.
     Raises:
         RowRefused: with one line that names the key, what is wrong with it and how to mend it. Its type is
             `not_an_object`, `missing_field`, `invalid_field`, `unknown_field`, `unknown_role` or `refused_parameter`.
     """
     if not isinstance(obj, dict):
         raise RowRefused("not_an_object", f"the row must be a JSON object, not {_shown(obj)}")
-    openai = "custom_id" in obj or "body" in obj
-    fields = _openai_fields(obj) if openai else obj
+    given = _without_nulls(obj)
+    openai = "custom_id" in given or "body" in given
+    fields = _openai_fields(given) if openai else given
     metadata = fields.get("metadata")
-    fields = {key: value for key, value in fields.items() if value is not None and key not in MEANINGLESS}
+    fields = {key: value for key, value in fields.items() if key not in MEANINGLESS}
     for key, neutral in NEUTRAL.items():
         if key in fields:
             _require_neutral(key, fields.pop(key), neutral)
@@ -191,7 +204,8 @@ def parse_row(obj: Any, line: int) -> InputRow:
 
 def row_id(obj: Any) -> str | None:
     """The id that a JSON value carries, as `id` or as OpenAI's `custom_id`; None where it has none that is valid."""
-    found = (obj.get("custom_id") if "custom_id" in obj else obj.get("id")) if isinstance(obj, dict) else None
+    names = ("custom_id", "id") if isinstance(obj, dict) else ()
+    found = next((obj[name] for name in names if obj.get(name) is not None), None)
     return found if isinstance(found, str) and found else None
 
 
@@ -215,12 +229,21 @@ def parse_selector_option(text: str) -> tuple[Selector, ...] | None:
     )
 
 
+def _without_nulls(value: Any) -> Any:
+    """A value without the keys that are null; metadata, of a row or of a body, stays as it is."""
+    if isinstance(value, list):
+        return [_without_nulls(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: part if key == "metadata" else _without_nulls(part) for key, part in value.items() if part is not None}
+
+
 def _openai_fields(obj: dict[str, Any]) -> dict[str, Any]:
     """The fields of a row out of {"custom_id", "method", "url", "body"}."""
     for key in obj:
         if key not in ("custom_id", "method", "url", "body"):
             raise RowRefused("unknown_field", f"unknown key {_shown(key)} beside body; put it into body")
-    if obj.get("method") not in (None, "POST"):
+    if obj.get("method", "POST") != "POST":
         raise RowRefused("invalid_field", f'method must be "POST", not {_shown(obj["method"])}')
     url = obj.get("url")
     if url is not None and not (isinstance(url, str) and url.endswith("/completions")):
@@ -234,7 +257,8 @@ def _openai_fields(obj: dict[str, Any]) -> dict[str, Any]:
     limit = body.get("max_completion_tokens")
     if limit is not None and fields.setdefault("max_tokens", limit) != limit:
         raise RowRefused("invalid_field", "body.max_tokens and body.max_completion_tokens differ; give one")
-    fields["id"] = obj.get("custom_id")
+    if "custom_id" in obj:
+        fields["id"] = obj["custom_id"]
     return fields
 
 
@@ -255,13 +279,15 @@ def _refusal(error: dict[str, Any], openai: bool) -> RowRefused:
         last = "custom_id"
     elif openai:
         parents = ["body", *parents]
-    path = _path([*parents, last])
+    path = place_text([*parents, last])
     if error["type"] == "extra_forbidden":
         if not error["loc"][:-1]:
             return RowRefused("unknown_field", f"unknown key {_shown(last)}; put data of your own under metadata")
         known = _Selector if error["loc"][0] == "roi" else _Message
         keys = ", ".join(known.model_fields)
-        return RowRefused("unknown_field", f"{_path(parents)}: unknown key {_shown(last)}; the known keys are {keys}")
+        return RowRefused(
+            "unknown_field", f"{place_text(parents)}: unknown key {_shown(last)}; the known keys are {keys}"
+        )
     name = next((part for part in reversed(error["loc"]) if isinstance(part, str)), "")
     if error["type"] == "missing":
         return RowRefused("missing_field", f"{path} is missing; it must be {_EXPECTED.get(name, 'given')}")
@@ -275,9 +301,16 @@ def _refusal(error: dict[str, Any], openai: bool) -> RowRefused:
     return RowRefused("invalid_field", f"{path} must be {expected}, not {_shown(error['input'])}")
 
 
-def _path(parts: list[str | int]) -> str:
-    """('messages', 1, 'content') as messages[1].content."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
+def place_text(parts: Iterable[str | int]) -> str:
+    """('messages', 1, 'content') as messages[1].content, on one line, and short whatever the keys."""
+    text = "".join(_step(part) for part in parts).removeprefix(".")
+    return text if len(text) <= MAX_PLACE else f"{text[: MAX_PLACE // 2]}...{text[-MAX_PLACE // 2 :]}"
+
+
+def _step(part: str | int) -> str:
+    if isinstance(part, int):
+        return f"[{part}]"
+    return f".{part}" if part.isidentifier() and len(part) <= 60 else f"[{_shown(part)}]"
 
 
 def _shown(value: Any) -> str:

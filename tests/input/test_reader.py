@@ -7,6 +7,7 @@ import tracemalloc
 from dataclasses import replace
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -103,6 +104,95 @@ def test_an_openai_batch_line():
     assert row.raw == line
 
 
+NOTHING = None  # as SDKs and `datasets` write what is not there
+WITH_NULLS = [
+    ({**RAW, "topic": NOTHING, "messages": NOTHING, "temperature": NOTHING, "stop": NOTHING, "roi": NOTHING}, RAW),
+    (
+        {**CHAT, "messages": [{**MESSAGES[0], "refusal": NOTHING, "tool_calls": NOTHING, "name": NOTHING}]},
+        {**CHAT, "messages": MESSAGES[:1]},
+    ),
+    ({**CHAT, "messages": [{**MESSAGES[0], "tool_calls": [], "annotations": []}]}, {**CHAT, "messages": MESSAGES[:1]}),
+    (
+        {**CHAT, "roi": [{"role": NOTHING, "message": 0, "text": NOTHING, "chars": NOTHING, "weight": NOTHING}]},
+        {**CHAT, "roi": [{"message": 0}]},
+    ),
+    (
+        {**CHAT, "chat_template_kwargs": {"enable_thinking": NOTHING, "documents": [{"title": "a", "text": NOTHING}]}},
+        {**CHAT, "chat_template_kwargs": {"documents": [{"title": "a"}]}},
+    ),
+    ({**RAW, "response_format": {"type": "text", "json_schema": NOTHING}, "logit_bias": {"5": NOTHING}}, RAW),
+    ({**RAW, "custom_id": NOTHING, "body": NOTHING, "method": NOTHING}, RAW),
+    (
+        {"custom_id": "p1", "id": NOTHING, "method": NOTHING, "body": {**RAW, "id": NOTHING, "max_tokens": NOTHING}},
+        {"custom_id": "p1", "body": {"prompt": RAW["prompt"]}},
+    ),
+    (
+        {"custom_id": "p1", "body": {"prompt": "x", "max_tokens": NOTHING, "max_completion_tokens": 4}},
+        {"custom_id": "p1", "body": {"prompt": "x", "max_tokens": 4}},
+    ),
+    (
+        {"custom_id": "p1", "body": {"prompt": "x", "max_tokens": 4, "max_completion_tokens": NOTHING}},
+        {"custom_id": "p1", "body": {"prompt": "x", "max_tokens": 4}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "same"), WITH_NULLS)
+def test_null_is_absent_at_every_place(given, same):
+    (row,) = check_rows([given])
+    assert row == replace(parse_row(same, 1), raw=given)
+
+
+def test_nulls_of_metadata_are_data():
+    given = {**RAW, "metadata": {"a": None, "b": [{"c": None}]}}
+    assert parse_row(given, 1).metadata == '{"a": null, "b": [{"c": null}]}'
+    body = {key: given[key] for key in ("prompt", "metadata")}
+    assert parse_row({"custom_id": "c", "body": body}, 1).metadata == '{"a": null, "b": [{"c": null}]}'
+
+
+def test_a_table_written_as_json_lines_holds_the_same_rows_as_parquet(tmp_path):
+    """`datasets` gives every object of a column the same keys, in both; also where rows of several forms meet."""
+    answered = [*MESSAGES, {"role": "assistant", "content": "Bonjour", "refusal": None}, {**MESSAGES[1]}]
+    body = {"messages": MESSAGES, "max_completion_tokens": 4, "response_format": {"type": "text"}}
+    table = pa.Table.from_pylist(
+        [
+            {
+                "id": "a",
+                "messages": answered,
+                "roi": [{"message": 0, "text": "auf", "weight": 2.0}, {"role": "user"}],
+                "chat_template_kwargs": {"a": True},
+                "body": body,
+                "custom_id": "b",
+                "max_tokens": 1,
+            },
+        ]
+    ).slice(0, 0)
+    rows = [
+        {"id": "a", "messages": answered, "roi": [{"message": 0}, {"role": "system", "weight": 3.0}]},
+        {"custom_id": "b", "body": body},
+        {"custom_id": "c", "body": {"messages": MESSAGES}},
+        {"id": "d", "messages": MESSAGES, "chat_template_kwargs": {}},
+        {"id": "e", "messages": [{"role": "user", "content": None}], "roi": [{"role": "user"}]},
+    ]
+    table = pa.Table.from_pylist(rows, schema=table.schema)
+    pq.write_table(table, tmp_path / "rows.parquet")
+    lines = jsonl(tmp_path / "rows.jsonl", *table.to_pylist())
+    assert b"null" in (tmp_path / "rows.jsonl").read_bytes()
+    *good, bad = read(lines)
+    *same, also_bad = read(str(tmp_path / "rows.parquet"))
+    assert [replace(row, raw=None, file=None) for row in good] == [replace(row, raw=None, file=None) for row in same]
+    assert [replace(row, raw=None, file=None) for row in good] == [
+        replace(parse_row(row, line), raw=None) for line, row in enumerate(rows[:-1], start=1)
+    ]
+    assert (bad.id, bad.type, bad.message) == (also_bad.id, also_bad.type, also_bad.message)
+    assert (bad.id, bad.type) == ("e", "missing_field")
+
+
+def test_refused_rows_hold_the_id_that_is_not_null():
+    rows = [{"custom_id": None, "id": "a", "n": 2}, {"custom_id": "b", "id": None, "n": 2}]
+    assert [row.id for row in check_rows(rows)] == ["a", "b"]
+
+
 REFUSED = [
     (5, "not_an_object", "must be a JSON object, not 5"),
     ([CHAT], "not_an_object", "not a list"),
@@ -174,7 +264,7 @@ REFUSED = [
     ({"custom_id": "a", "url": "/v1/embeddings", "body": {"prompt": "x"}}, "invalid_field", "url must be"),
     ({"custom_id": "a", "body": {"prompt": ["x"]}}, "invalid_field", "body.prompt must be"),
     ({"custom_id": "a", "body": {"prompt": "x", "temperature": 1}}, "refused_parameter", "temperature"),
-    ({"custom_id": "a", "body": {**RAW, "id": None}}, "unknown_field", "body.id"),
+    ({"custom_id": "a", "body": RAW}, "unknown_field", "body.id"),
     (
         {"custom_id": "a", "body": {"prompt": "x", "max_tokens": 1, "max_completion_tokens": 2}},
         "invalid_field",
@@ -216,32 +306,45 @@ def test_bad_selector_options(text):
 
 
 @pytest.mark.parametrize(
-    ("line", "type", "words"),
+    ("line", "type", "words", "id"),
     [
-        (b'{"id": "a", "prompt": ', "invalid_json", "the line is not JSON"),
-        (b"hello", "invalid_json", "character 1"),
-        (b"[1, 2]", "not_an_object", "not a list"),
-        (b'{"id": "a", "prompt": "x", "prompt": "y"}', "invalid_json", "names a key twice"),
-        (b'{"id": "a", "prompt": "caf\xe9"}', "invalid_utf8", "byte 27"),
-        (b'{"id": "a", "prompt": "\\ud83d"}', "lone_surrogate", "lone surrogate"),
-        (b'{"id": "\\udc00", "prompt": "x"}', "lone_surrogate", "lone surrogate"),
-        (b'{"id": "a", "prompt": "x", "metadata": {"\\ud83d": 1}}', "lone_surrogate", "lone surrogate"),
-        (b'{"id": "a", "prompt": "x", "metadata": NaN}', "not_json", "NaN"),
-        (b'{"id": "a", "prompt": "x", "metadata": [1e999]}', "not_json", "out of range"),
-        (b'{"id": "a", "prompt": "x", "metadata": ' + b"9" * 5000 + b"}", "not_json", "digits"),
-        (b'{"id": "a", "prompt": "x", "metadata": ' + b"9" * 3000 + b"}", "not_json", "digits"),
-        (b'{"id": "a", "prompt": "x", "metadata": ' + b"[" * 100 + b"]" * 100 + b"}", "too_deep", "100 levels"),
-        (b'{"id": "a", "metadata": ' + b'{"a":' * 200_000, "too_deep", "100 levels"),
+        (b'{"id": "a", "prompt": ', "invalid_json", "the line is not JSON", None),
+        (b"hello", "invalid_json", "character 1", None),
+        (b"[1, 2]", "not_an_object", "not a list", None),
+        (b'{"id": "a", "prompt": "x", "prompt": "y"}', "invalid_json", "names the key prompt twice", "a"),
+        (b'{"id": "a", "prompt": "x", "id": "b"}', "invalid_json", "names the key id twice", None),
+        (b'{"id": "a", "metadata": {"b": 1, "b": 1}}', "invalid_json", "names the key b twice", "a"),
+        (b'{"id": "a", "prompt": "caf\xe9"}', "invalid_utf8", "byte 27", "a"),
+        (b'{"id": "caf\xe9", "prompt": "x"}', "invalid_utf8", "byte 12", None),
+        (b'{"id": "a", "prompt": "\\ud83d"}', "lone_surrogate", "prompt has a lone surrogate", "a"),
+        (b'{"id": "\\udc00", "prompt": "x"}', "lone_surrogate", "id has a lone surrogate", None),
+        (b'{"id": "a", "metadata": {"\\ud83d": 1}}', "lone_surrogate", "a key of metadata has a lone surrogate", "a"),
+        (b'{"id": "a", "metadata": NaN}', "not_json", "metadata is NaN", "a"),
+        (b'{"custom_id": "a", "body": {"n": [0, -Infinity]}}', "not_json", "body.n[1] is NaN or a number out", "a"),
+        (b'{"id": "a", "metadata": [1e999]}', "not_json", "metadata[0] is NaN or a number out of range", "a"),
+        (b'{"id": "a", "metadata": {"a b": NaN}}', "not_json", 'metadata["a b"] is NaN', "a"),
+        (b'{"id": NaN}', "not_json", "id is NaN", None),
+        (b"NaN", "not_json", "the row is NaN", None),
+        (b'{"id": "a", "metadata": ' + b"9" * 5000 + b"}", "not_json", "digits", "a"),
+        (b'{"id": "a", "metadata": ' + b"9" * 3000 + b"}", "not_json", "metadata is an integer of more than", "a"),
+        (b'{"id": "a", "metadata": ' + b"[" * 100 + b"]" * 100 + b"}", "too_deep", "100 levels", "a"),
+        (b'{"id": "a", "metadata": ' + b'{"a":' * 200_000, "too_deep", "100 levels", None),
     ],
 )
-def test_a_bad_line_is_an_error_of_that_row_only(tmp_path, line, type, words):
+def test_a_bad_line_is_an_error_of_that_row_only(tmp_path, line, type, words, id):
     path = jsonl(tmp_path / "rows.jsonl", {**RAW, "id": "before"}, b"", line, {**RAW, "id": "after"})
     before, error, after = read(path)
     assert (before.id, before.line, after.id, after.line) == ("before", 1, "after", 4)
-    assert (error.line, error.type, error.id) == (3, type, None)
+    assert (error.line, error.type, error.id) == (3, type, id)
     assert words in error.message
+    assert "\n" not in error.message
     assert error.input == (json.loads(line) if type == "not_an_object" else line.decode(errors="backslashreplace"))
     json.dumps(error.input, ensure_ascii=False).encode()
+
+
+def test_a_row_of_which_only_the_id_can_be_read_holds_it(tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", b'{"id": "p1", "metadata": NaN}', RAW, RAW, b'{"id": "p1", "metadata": NaN}')
+    assert [(row.id, row.type) for row in read(path)] == [("p1", "not_json"), *[("p1", "duplicate_id")] * 3]
 
 
 def test_an_error_carries_the_row_and_its_id(tmp_path):
@@ -300,12 +403,34 @@ def test_lines_up_to_the_limit_are_rows_and_longer_ones_are_refused_without_bein
 def test_rows_in_memory():
     cycle = {**RAW, "id": "cycle", "metadata": []}
     cycle["metadata"].append(cycle["metadata"])
+    key, surrogate = {**RAW, "id": "key", 1: 2}, {**RAW, "id": "surrogate", "prompt": "\ud800"}
     odd = {**RAW, "id": "odd", "metadata": {1, 2}}
-    good, duplicate, *refused = check_rows([RAW, RAW, odd, cycle, {**RAW, 1: 2}, {**RAW, "prompt": "\ud800"}, None])
+    good, duplicate, *refused = check_rows([RAW, RAW, odd, cycle, key, surrogate, None])
     assert (good.id, good.line, duplicate.type, duplicate.line) == ("p1", 1, "duplicate_id", 2)
     assert [error.type for error in refused] == ["not_json", "too_deep", "not_json", "lone_surrogate", "not_an_object"]
-    assert "type set" in refused[0].message
+    assert [error.id for error in refused] == ["odd", "cycle", "key", "surrogate", None]
+    assert "metadata is of type set" in refused[0].message
     json.dumps([error.input for error in refused], ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("value", [np.arange(3), np.int64(5), (1, 2), b"x", {1: 2}, object()], ids=type)
+def test_what_json_has_not_is_named_with_its_place(value):
+    good = {"a": [1, np.float64(2.5), np.str_("x")]}
+    fine, error = check_rows([{**RAW, "metadata": good}, {**RAW, "id": "r", "metadata": {**good, "b": [value]}}])
+    assert fine.metadata == '{"a": [1, 2.5, "x"]}'
+    assert (error.id, error.type) == ("r", "not_json")
+    assert error.message.startswith("metadata.b[0] ")
+    json.dumps(error.input, allow_nan=False)
+
+
+def test_a_place_is_short_and_on_one_line_whatever_the_keys():
+    value = float("nan")
+    for _ in range(90):
+        value = {"long\nkey" * 40: value}
+    (error,) = check_rows([{**RAW, "metadata": value}])
+    assert error.message.startswith('metadata["long\\nkey')
+    assert len(error.message) < 400
+    assert "\n" not in error.message
 
 
 # Files
@@ -353,28 +478,64 @@ def test_parquet_rows_are_the_same_rows(tmp_path):
     assert (bad.file, bad.line, bad.id, bad.type, bad.input) == (path, 3, "bad", "invalid_field", rows[2])
 
 
+def parquet(path, **columns):
+    """Rows with these columns, as many as the longest has, with ids and prompts where none are given."""
+    count = max(map(len, columns.values()))
+    fill = {"id": pa.array([f"r{i}" for i in range(count)]), "prompt": pa.array(["x"] * count)}
+    pq.write_table(pa.table({**fill, **columns}), path)
+    return str(path)
+
+
 def test_parquet_values_that_json_has_not(tmp_path):
-    path = str(tmp_path / "rows.parquet")
-    when = pa.array([1_700_000_000_000_000_001] * 4, pa.timestamp("ns"))
-    columns = {
-        "id": pa.array(["a", "b", "c", "d"]),
-        "prompt": pa.array([b"x", b"\xff", b"y", b"z"]).view(pa.string()),
-        "metadata": pa.array([None, None, float("nan"), 2.5]),
-    }
-    pq.write_table(pa.table(columns), path)
-    good, not_utf8, not_a_number, fine = read(path)
-    assert (good.id, good.metadata, fine.metadata) == ("a", "null", "2.5")
-    assert (not_utf8.line, not_utf8.type) == (2, "unreadable_value")
+    path = tmp_path / "rows.parquet"
+    not_a_number = pa.array([None, None, float("nan"), 2.5])
+    torn = pa.array([b"x", b"\xff", b"y", b"z"]).view(pa.string())
+    good, not_utf8, nan, fine = read(parquet(path, prompt=torn, metadata=not_a_number))
+    assert (good.id, good.metadata, fine.metadata) == ("r0", "null", "2.5")
+    assert (not_utf8.line, not_utf8.type, not_utf8.id, not_utf8.input) == (2, "unreadable_value", "r1", {"id": "r1"})
     assert "column prompt" in not_utf8.message
-    assert (not_a_number.type, not_a_number.id) == ("not_json", None)
-    json.dumps(not_a_number.input, allow_nan=False)
-    pq.write_table(pa.table({**columns, "metadata": pa.array([b"x"] * 4), "prompt": columns["id"]}), path)
-    assert [row.type for row in read(path)] == ["not_json"] * 4
-    pq.write_table(pa.table({**columns, "metadata": when, "prompt": columns["id"]}), path)
-    assert [row.metadata for row in read(path)] == ['"2023-11-14 22:13:20.000000001"'] * 4
-    seconds = pa.array([1_700_000_000] * 4, pa.timestamp("s"))
-    pq.write_table(pa.table({**columns, "metadata": seconds, "prompt": columns["id"]}), path)
-    assert read(path)[0].metadata == '"2023-11-14 22:13:20"'
+    assert (nan.type, nan.id) == ("not_json", "r2")
+    assert nan.message.startswith("metadata is NaN")
+    json.dumps(nan.input, allow_nan=False)
+    (no_id, *_) = read(parquet(path, id=torn.slice(1, 3)))
+    assert (no_id.type, no_id.id, no_id.input) == ("unreadable_value", None, {"prompt": "x"})
+    blobs = pa.array([{"a": [b"x"]}], pa.struct([("a", pa.list_(pa.binary()))]))
+    (blob,) = read(parquet(path, metadata=blobs))
+    assert (blob.type, blob.id) == ("not_json", "r0")
+    assert blob.message.startswith("metadata.a[0] is of type bytes")
+    when = pa.array([1_700_000_000_000_000_001], pa.timestamp("ns"))
+    assert read(parquet(path, metadata=when))[0].metadata == '"2023-11-14 22:13:20.000000001"'
+    seconds = pa.array([1_700_000_000], pa.timestamp("s"))
+    assert read(parquet(path, metadata=seconds))[0].metadata == '"2023-11-14 22:13:20"'
+
+
+MAPS = [
+    (pa.map_(pa.string(), pa.int32()), [("a", 1), ("b", None)], '{"a": 1, "b": null}'),
+    (pa.map_(pa.string(), pa.map_(pa.int32(), pa.list_(pa.float64()))), [("a", [(7, [0.5])])], '{"a": {"7": [0.5]}}'),
+    (pa.struct([("m", pa.map_(pa.date32(), pa.string()))]), {"m": [(19000, "x")]}, '{"m": {"2022-01-08": "x"}}'),
+    (pa.list_(pa.map_(pa.string(), pa.string())), [[("k", "v")], []], '[{"k": "v"}, {}]'),
+    (pa.map_(pa.string(), pa.string()), [], "{}"),
+]
+
+
+@pytest.mark.parametrize(("kind", "value", "expected"), MAPS)
+def test_a_parquet_map_is_an_object(tmp_path, kind, value, expected):
+    (row,) = read(parquet(tmp_path / "rows.parquet", metadata=pa.array([value], kind)))
+    assert row.metadata == expected
+
+
+def test_parquet_maps_that_are_no_object(tmp_path):
+    path = tmp_path / "rows.parquet"
+    (twice,) = read(parquet(path, metadata=pa.array([[("a", 1), ("a", 2)]], pa.map_(pa.string(), pa.int32()))))
+    assert (twice.id, twice.type) == ("r0", "unreadable_value")
+    assert "column metadata" in twice.message and "key twice" in twice.message
+    (odd,) = read(parquet(path, metadata=pa.array([[(b"a", 1)]], pa.map_(pa.binary(), pa.int32()))))
+    assert (odd.id, odd.type) == ("r0", "not_json")
+    assert odd.message.startswith("metadata has a key that is no string")
+    kwargs = pa.array([[("enable_thinking", False)], []], pa.map_(pa.string(), pa.bool_()))
+    chat = pa.array([MESSAGES, MESSAGES])
+    rows = read(parquet(path, chat_template_kwargs=kwargs, messages=chat, prompt=pa.array([None, None], pa.string())))
+    assert [row.chat_template_kwargs for row in rows] == [{"enable_thinking": False}, {}]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "gz", "zst"])
