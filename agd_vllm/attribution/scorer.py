@@ -15,7 +15,7 @@ class Scorer(Protocol):
     """Scores candidates of guided steps.
 
     `stateful`: requests may carry only the tokens since the last step. `cache_tokens`: how many tokens it then holds
-    between calls, over all sequences, with one region each (None where it is not stateful).
+    between calls, over all sequences (None where it is not stateful).
     """
 
     stateful: bool
