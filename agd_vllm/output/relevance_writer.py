@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections import Counter
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from agd_vllm.output.storage import OutputDirectory, OutputFailed
 from agd_vllm.output.writer import LOCK
@@ -124,7 +122,7 @@ class RelevanceWriter:
     def flush(self) -> None:
         """Makes everything taken so far durable."""
         if self._buffer:
-            self._output.write(f"{RELEVANCE}/part-{self._next_part:05d}.parquet", _parquet(self._buffer))
+            self._output.write_table(f"{RELEVANCE}/part-{self._next_part:05d}.parquet", _table(self._buffer))
             self._next_part += 1
             self._buffer, self._bytes = [], 0
         if self._errors:
@@ -149,8 +147,7 @@ class RelevanceWriter:
                 self._output.remove(f"{RELEVANCE}/{name}")
         parts = self._output.parts(RELEVANCE)
         for name in parts.values():
-            with self._output.open(name) as file, self._output.faults(name):
-                table = pq.read_table(file, columns=["id", "step"])
+            table = self._output.read_table(name, ["id", "step"])
             self.relevances += table.num_rows
             for row in table.group_by("id").aggregate([("step", "count_distinct")]).to_pylist():
                 self._steps[row["id"]] += row["step_count_distinct"]
@@ -169,10 +166,10 @@ class RelevanceWriter:
         return end
 
 
-def _parquet(rows: list[tuple[str, TokenRelevance]]) -> bytes:
+def _table(rows: list[tuple[str, TokenRelevance]]) -> pa.Table:
     values = [relevance.relevance for _, relevance in rows]
     offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
-    table = pa.table(
+    return pa.table(
         {
             "id": [id for id, _ in rows],
             "step": [relevance.step for _, relevance in rows],
@@ -182,6 +179,3 @@ def _parquet(rows: list[tuple[str, TokenRelevance]]) -> bytes:
         },
         schema=RELEVANCE_SCHEMA,
     )
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()

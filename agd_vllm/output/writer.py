@@ -8,7 +8,6 @@ results are those of a run that died between the two, whose rows are decoded aga
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import time
 from collections import Counter
@@ -139,8 +138,8 @@ class RunWriter:
         if self._rows:
             part = f"part-{self._next_part:05d}.parquet"
             steps = [(row.id, step) for row in self._rows for step in row.steps]
-            self._output.write(f"steps/{part}", _parquet(_steps_table(steps)))
-            self._output.write(f"results/{part}", _parquet(_results_table(self._rows)))
+            self._output.write_table(f"steps/{part}", _steps_table(steps))
+            self._output.write_table(f"results/{part}", _results_table(self._rows))
             self._next_part += 1
             self._rows = []
         if self._errors:
@@ -221,9 +220,3 @@ def _results_table(rows: list[DecodedRow]) -> pa.Table:
 def _steps_table(steps: list[tuple[str, GuidedStep]]) -> pa.Table:
     columns = {name: [getattr(step, name) for _, step in steps] for name in STEPS_SCHEMA.names if name != "id"}
     return pa.table({"id": [id for id, _ in steps], **columns}, schema=STEPS_SCHEMA)
-
-
-def _parquet(table: pa.Table) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()

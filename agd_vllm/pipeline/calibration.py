@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -68,7 +67,7 @@ def calibrate(settings: CalibrationSettings, options: DecoderOptions) -> int:
     tau = float(np.percentile(entropies, settings.percentile))
     output.write(PLOT, _plot(entropies, settings.percentile, tau))
     result = {"percentile": settings.percentile, "tau": tau, "tokens": entropies.size}
-    output.write(TAU, json.dumps(result, indent=2).encode() + b"\n")
+    output.write_json(TAU, result)
     console = Console()
     told = f"tau {tau:.3f} nats: percentile {settings.percentile:g} of the entropies of {entropies.size:,} tokens"
     console.print(told, highlight=False, soft_wrap=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -108,7 +107,7 @@ def attribute_run(settings: RelevanceSettings) -> int:
             "max_steps": settings.max_steps,
             "versions": versions(),
         }
-        _describe(run, summary)
+        run.output.write_json(DESCRIPTION, summary)
     _print(Console(), summary, time.monotonic() - begun, run.directory)
     return summary["failed"]
 
@@ -117,17 +116,13 @@ def _claim(run: RunReader, identity: dict[str, Any]) -> None:
     """Relevance of one model, rule and dtype only in a directory. Raises OutputUnusable for that of another."""
     held = run.json(DESCRIPTION)
     if not held:
-        _describe(run, identity)
+        run.output.write_json(DESCRIPTION, identity)
     elif different := differences({name: held.get(name) for name in identity}, identity):
         place = f"{run.directory}/{RELEVANCE}"
         raise OutputUnusable(
             f"output {place} holds other relevance: {'; '.join(different)}; repeat its options, or begin anew by "
             f"removing it and {DESCRIPTION} beside it"
         )
-
-
-def _describe(run: RunReader, description: dict[str, Any]) -> None:
-    run.output.write(DESCRIPTION, json.dumps(description, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def _resolve(run: RunReader, settings: RelevanceSettings) -> tuple[ModelInfo, dict[str, Any]]:
