@@ -15,6 +15,7 @@ from agd_vllm.models.inspect import ModelInfo, inspect_model
 from agd_vllm.output.relevance_writer import RELEVANCE, RELEVANCE_ERRORS, RelevanceWriter, TokenRelevance
 from agd_vllm.output.run_reader import RunReader
 from agd_vllm.output.summary import OutputUnusable, count_outputs, differences
+from agd_vllm.pipeline.progress import say
 from agd_vllm.pipeline.relevance_fleet import Attributed, RelevanceFleet, Task
 from agd_vllm.pipeline.versions import versions
 from agd_vllm.records import DecodedRow
@@ -79,22 +80,18 @@ def attribute_run(settings: RelevanceSettings) -> int:
     _claim(run, identity)
     notes = Console(stderr=True)
     if not counts["guided_steps"]:
-        notes.print(
-            f"run {settings.run} has no guided step: the answers' tokens are attributed in their order",
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(notes, f"run {settings.run} has no guided step: the answers' tokens are attributed in their order")
     begun = time.monotonic()
     with RelevanceWriter(settings.run) as writer:
         tasks = remaining(run, settings, writer)
         first = next(tasks, None)
         if first is None:
-            notes.print("nothing left to attribute", highlight=False)
+            say(notes, "nothing left to attribute")
         else:
-            notes.print(f"loading {model.path} ...", highlight=False, soft_wrap=True)
+            say(notes, f"loading {model.path} ...")
             fleet = RelevanceFleet(model, identity["rule"], identity["dtype"], settings.workers, settings.debug)
             with fleet:
-                notes.print(fleet.layout, highlight=False, soft_wrap=True)
+                say(notes, fleet.layout)
                 rows = min(counts["decoded"], settings.limit or counts["decoded"])
                 _work_off(fleet, itertools.chain([first], tasks), writer, notes, rows)
         writer.flush()
@@ -186,7 +183,7 @@ def _work_off(fleet: RelevanceFleet, tasks: Iterator[Task], writer: RelevanceWri
             shown = now
             speed = (writer.steps - before) / (now - begun)
             line = f"{writer.rows} of {rows} rows ({writer.failed} failed), {writer.steps} steps, {speed:.1f} steps/s"
-            notes.print(line, highlight=False)
+            say(notes, line)
 
 
 def _keep(done: Attributed, writer: RelevanceWriter) -> None:
@@ -200,11 +197,11 @@ def _keep(done: Attributed, writer: RelevanceWriter) -> None:
 
 
 def _print(console: Console, summary: dict[str, Any], seconds: float, directory: str) -> None:
-    console.print(
+    say(
+        console,
         f"{summary['rows']} rows, {summary['steps']} steps, {summary['relevances']} tokens attributed "
         f"({summary['failed']} rows failed), {seconds:.1f} s",
-        highlight=False,
     )
-    console.print(f"relevance: {directory}/{RELEVANCE}", highlight=False, soft_wrap=True)
+    say(console, f"relevance: {directory}/{RELEVANCE}")
     if summary["failed"]:
-        console.print(f"failed rows, with reasons: {directory}/{RELEVANCE_ERRORS}", highlight=False, soft_wrap=True)
+        say(console, f"failed rows, with reasons: {directory}/{RELEVANCE_ERRORS}")
