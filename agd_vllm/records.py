@@ -77,6 +77,11 @@ class RowError:
     message: str
     file: str | None = None
 
+    @classmethod
+    def of(cls, row: InputRow, type: str, message: str) -> RowError:
+        """A valid row that failed later on."""
+        return cls(row.raw, row.line, row.id, type, message, row.file)
+
 
 class RowRefused(Exception):
     """A row that cannot be decoded. `type` is a short stable name, the message says what, where, how to mend."""

@@ -106,7 +106,7 @@ def _without_answer(rows: Iterator[InputRow], preparer: Preparer, writer: RunWri
         try:
             writer.add(given_answer(row, preparer))
         except RowRefused as refused:
-            writer.fail(RowError(row.raw, row.line, row.id, refused.type, str(refused), row.file))
+            writer.fail(RowError.of(row, refused.type, str(refused)))
 
 
 def _decode(
