@@ -136,6 +136,11 @@ class GuidedStep:
     chosen_id: int
     greedy_id: int
 
+    @property
+    def changed(self) -> bool:
+        """Whether guidance chose another token than the most probable one."""
+        return self.chosen_id != self.greedy_id
+
 
 @dataclass(frozen=True, slots=True)
 class DecodedRow:

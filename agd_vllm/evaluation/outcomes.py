@@ -40,8 +40,5 @@ def read_outcomes(directory: str, ids: Collection[str]) -> dict[str, Outcome]:
 
 
 def _outcome(row: DecodedRow) -> Outcome:
-    steps = [
-        Step(step.chosen_id != step.greedy_id, step.scores[step.candidate_ids.index(step.greedy_id)])
-        for step in row.steps
-    ]
+    steps = [Step(step.changed, step.scores[step.candidate_ids.index(step.greedy_id)]) for step in row.steps]
     return Outcome(row.id, row.text, row.prompt_token_ids, row.token_ids, json.loads(row.metadata), steps)

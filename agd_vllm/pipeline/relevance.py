@@ -48,21 +48,18 @@ class RelevanceSettings:
 def selected_steps(row: DecodedRow, max_steps: int | None) -> list[int]:
     """The steps to attribute, those first that a reader looks at first: guided steps that changed the token, then the
     other guided ones, then all the rest, each in the order of the answer."""
-    changed = [step.step for step in row.steps if step.chosen_id != step.greedy_id]
-    kept = [step.step for step in row.steps if step.chosen_id == step.greedy_id]
-    guided = {*changed, *kept}
-    rest = [step for step in range(len(row.token_ids)) if step not in guided]
-    return [*changed, *kept, *rest][:max_steps]
+    guided = [step.step for step in sorted(row.steps, key=lambda step: not step.changed)]
+    rest = set(range(len(row.token_ids))).difference(guided)
+    return [*guided, *sorted(rest)][:max_steps]
 
 
 def step_targets(row: DecodedRow, steps: list[int]) -> list[tuple[int, int]]:
     """(step, token id) to attribute: the answer's token, and beside it the greedy one where guidance changed it."""
-    greedy = {step.step: step.greedy_id for step in row.steps}
+    greedy = {step.step: step.greedy_id for step in row.steps if step.changed}
     targets = []
     for step in steps:
-        taken = row.token_ids[step]
-        targets.append((step, taken))
-        if greedy.get(step, taken) != taken:
+        targets.append((step, row.token_ids[step]))
+        if step in greedy:
             targets.append((step, greedy[step]))
     return targets
 
