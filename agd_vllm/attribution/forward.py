@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -43,8 +44,8 @@ class ForwardScorer:
 
     Stateful: a request may carry only the tokens since the last one of its sequence, under the same region.
     `cache_bytes` (default: an eighth of the device's memory) bounds the keys, values and tangents held between calls;
-    one sequence may exceed it while it is scored. The least recently used sequences go first. Raises ValueError for a
-    model it cannot read.
+    one sequence may exceed it while it is scored. The least recently used sequences go first. `loading`: dtype, device,
+    revision and trust_remote_code of `load_model`. Raises ValueError for a model it cannot read.
     """
 
     stateful = True
@@ -54,15 +55,10 @@ class ForwardScorer:
         model_path: str,
         *,
         rule: str = "attnlrp",
-        dtype: str = "float32",
-        device: str | None = None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
         cache_bytes: int | None = None,
+        **loading: Any,
     ):
-        self.hf = load_model(
-            model_path, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
-        )
+        self.hf = load_model(model_path, **loading)
         self.tangents = TangentPass(self.hf, rule)
         shape = CacheShape(
             num_layers=self.hf.num_layers,
