@@ -79,6 +79,11 @@ class RowError:
     message: str
     file: str | None = None
 
+    @classmethod
+    def of(cls, row: InputRow, type: str, message: str) -> RowError:
+        """A valid row that failed later on."""
+        return cls(row.raw, row.line, row.id, type, message, row.file)
+
 
 class RowRefused(Exception):
     """A row that cannot be decoded. `type` is a short stable name, the message says what, where, how to mend."""
@@ -150,6 +155,11 @@ class GuidedStep:
             chosen_id=gate.candidate_ids[best_candidate(scores)],
             greedy_id=gate.candidate_ids[0],
         )
+
+    @property
+    def changed(self) -> bool:
+        """Whether guidance chose another token than the most probable one."""
+        return self.chosen_id != self.greedy_id
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,9 +32,8 @@ from agd_vllm.attribution.reference import ReferenceScorer
 from agd_vllm.models import demo
 from agd_vllm.records import Roi, ScoreRequest, Span
 from benchmarks import random_model
-from benchmarks.machine import describe
+from benchmarks.machine import write_result
 
-DEMO_MODEL = "smollm2-135m-instruct"
 CANDIDATES = (1000, 1001, 1002, 1003, 1004)
 ROI = Roi((Span(4, 36),))
 FULL_BATCH_CONTEXT = 512  # a batch of longer prefixes takes minutes, and is 16 times one of them
@@ -219,7 +218,7 @@ def main(output, model, shape, dtype, contexts, lxt_contexts, batches):
         if shape:
             model = str(random_model.write(random_model.SHAPES[shape], Path(folder) / shape))
             _free()
-        model = model or str(demo.fetch(DEMO_MODEL, Path(".cache/models") / DEMO_MODEL))
+        model = model or str(demo.fetch(demo.DEMO_MODEL, Path(".cache/models") / demo.DEMO_MODEL))
         measured = list(points(model, contexts, lxt_contexts, batches, dtype))
     result = {
         "points": measured,
@@ -228,9 +227,8 @@ def main(output, model, shape, dtype, contexts, lxt_contexts, batches):
         "dtype": dtype,
         "candidates": len(CANDIDATES),
         "threads": torch.get_num_threads(),
-        **describe(),
     }
-    Path(output).write_text(json.dumps(result, indent=2) + "\n")
+    write_result(output, result)
     click.echo(json.dumps(result["ratios"], indent=2))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from benchmarks.machine import describe
+from benchmarks.machine import write_result
 
 
 def write_comparison(output: str, ratio: str, speeds: dict[str, list[float]], **settings: Any) -> None:
@@ -17,6 +17,5 @@ def write_comparison(output: str, ratio: str, speeds: dict[str, list[float]], **
     medians = {name: statistics.median(of_engine) for name, of_engine in speeds.items()}
     first, second = medians.values()
     shown = {"tokens_per_second": medians, ratio: first / second}
-    with open(output, "w") as file:
-        json.dump({**shown, "runs": speeds, **settings, **describe()}, file, indent=2)
+    write_result(output, {**shown, "runs": speeds, **settings})
     click.echo(json.dumps(shown, indent=2))

@@ -30,7 +30,7 @@ from agd_vllm.attribution.forward import ForwardScorer
 from agd_vllm.attribution.reference import ReferenceScorer, Relevance
 from agd_vllm.attribution.scorer import RULES, Scorer
 from agd_vllm.records import Roi, ScoreRequest, Span
-from benchmarks.machine import describe
+from benchmarks.machine import write_result
 from tests.attribution import tiny
 
 
@@ -161,9 +161,8 @@ def main(run, model, rule, max_steps, max_context, conservation_steps, output):
         "float32_against_lxt": compare(float32, oracle),
         "bfloat16_against_float32": compare(bfloat16, float32),
         "conservation": [of_run | conservation(explained), *random_models_conservation(rule)],
-        **describe(),
     }
-    Path(output).write_text(json.dumps(result, indent=2) + "\n")
+    write_result(output, result)
     click.echo(json.dumps({key: result[key] for key in list(result)[:7]}, indent=2))
 
 

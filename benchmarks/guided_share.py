@@ -19,7 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from benchmarks.machine import describe
+from benchmarks.machine import write_result
 
 SERIES = {
     "greedy": "plain vLLM, greedy",
@@ -62,7 +62,7 @@ def plot(points: list[dict], path: Path) -> None:
 def main(ctx, taus, output, picture):
     with tempfile.TemporaryDirectory() as folder:
         points = [measure(tau, ctx.args, Path(folder)) for tau in taus.split(",")]
-    output.write_text(json.dumps({"points": points, **describe()}, indent=2) + "\n")
+    write_result(output, {"points": points})
     plot(points, picture)
 
 

@@ -16,7 +16,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import click
 import torch
@@ -27,7 +26,7 @@ from agd_vllm.attribution.rules import ACTIVATIONS, RULES
 from agd_vllm.kernels import gate_triton, streams_triton, triton_support
 from agd_vllm.kernels.dual_attention import DualAttention
 from agd_vllm.kernels.gate import gate_twin
-from benchmarks.machine import describe
+from benchmarks.machine import write_result
 
 GATE_SHAPES = [(256, 128256), (64, 128256), (8, 128256), (256, 151936), (256, 49152)]
 GATE_DTYPES = ("bfloat16", "float32")  # vLLM's sampler makes float32 of them
@@ -194,9 +193,8 @@ def main(output):
         "device": torch.cuda.get_device_name() if on_gpu else "interpreter (CPU): no claim about time",
         "copy_bytes_per_second": bandwidth,
         "points": points,
-        **describe(),
     }
-    Path(output).write_text(json.dumps(result, indent=2) + "\n")
+    write_result(output, result)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What a figure was measured on: hardware, versions, date."""
+"""A benchmark's JSON: its figures, and what they were measured on: hardware, versions, date."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,8 +15,12 @@ import torch
 from agd_vllm.pipeline.versions import versions
 
 
-def describe() -> dict[str, Any]:
-    """`hardware`, `versions` and `date`, for a benchmark's JSON."""
+def write_result(output: str | Path, result: dict[str, Any]) -> None:
+    """`result` with the `hardware`, `versions` and `date` of its measurement."""
+    Path(output).write_text(json.dumps({**result, **_measured_on()}, indent=2) + "\n")
+
+
+def _measured_on() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "hardware": {

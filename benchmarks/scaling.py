@@ -39,7 +39,7 @@ from agd_vllm.pipeline.row_loop import decode_row
 from agd_vllm.pipeline.teams import teams
 from agd_vllm.records import Gate, PreparedRow, Roi, ScoreRequest, Span
 from agd_vllm.trace import Tracer
-from benchmarks.machine import describe
+from benchmarks.machine import write_result
 
 EOS, TOKEN = 0, 1
 ROI = Roi((Span(0, 1),))
@@ -270,9 +270,8 @@ def main(run, trace, engines, ratios, sessions, rows, output):
         "engine_step_seconds": {"1": found.engine_seconds[1], f"{sessions}": found.engine_step(sessions)},
         "worker_batch_seconds": dict(zip(("constant", "step", "token"), found.batch, strict=True)),
         "prompt_token_seconds": found.prompt_token,
-        **describe(),
     }
-    Path(output).write_text(json.dumps(result, indent=2) + "\n")
+    write_result(output, result)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import click
 from agd_vllm import Decoder
 from agd_vllm.input.reader import read_rows
 from agd_vllm.records import DecodedRow
-from benchmarks.machine import describe
+from benchmarks.machine import write_result
 
 TIE = 1e-4
 
@@ -56,9 +56,8 @@ def main(model, path, limit, output):
         "guided_steps": sum(len(row.steps) for row in forward.values()),
         "rows_different": len(different),
         "parted_at_a_tie": sum(parts_at_a_tie(forward[name], lxt[name]) for name in different),
-        **describe(),
     }
-    Path(output).write_text(json.dumps(result, indent=2) + "\n")
+    write_result(output, result)
     click.echo(json.dumps(result, indent=2))
 
 

@@ -29,7 +29,7 @@ import torch
 from agd_vllm import Decoder
 from agd_vllm.input.reader import read_rows
 from agd_vllm.records import DecodedRow, InputRow
-from benchmarks.machine import describe
+from benchmarks.machine import write_result
 from benchmarks.plain import PlainVLLM, side_by_side
 from benchmarks.processes import OVERHEAD, cpu_seconds
 
@@ -172,9 +172,8 @@ def main(
         result["tokens_per_second"] |= {"paper": paper, "agd_on_the_papers_rows": there}
         result["agd_over_paper"] = there / paper
         result["paper_rows"] = len(paper_runs)
-    result |= {"dtype": dtype, "attribution_dtype": dtype, "model": os.path.basename(model.rstrip("/")), **describe()}
-    with open(output, "w") as file:
-        json.dump(result, file, indent=2)
+    result |= {"dtype": dtype, "attribution_dtype": dtype, "model": os.path.basename(model.rstrip("/"))}
+    write_result(output, result)
     shown = (
         "tokens_per_second",
         "agd_over_greedy",

@@ -6,28 +6,29 @@ import torch
 
 from agd_vllm.attribution.rules import RULES
 from agd_vllm.attribution.tangent_cache import CachedSequence, CacheShape
-from agd_vllm.records import Roi, Span
+from agd_vllm.records import Roi
 
 LAYERS = 2
 
 
-def batch(rule, kv_heads, group, head_dim, regions, sequences, dtype=torch.float32, device="cpu"):
+def batch(rule, kv_heads, group, head_dim, tangents, sequences, dtype=torch.float32, device="cpu"):
     """Caches of these (length, count) with random content up to each length, and the queries, keys and values of the
     new tokens."""
     shape = CacheShape(LAYERS, kv_heads, head_dim, RULES[rule].scores != 0, dtype, torch.device(device))
+    rows, streams = sum(count for _, count in sequences), 1 + tangents
+    key_streams = streams if shape.key_tangents else 1
+
+    def cache(streams: int, length: int, count: int) -> torch.Tensor:
+        # What lies beyond the length must never be read.
+        size = (LAYERS, kv_heads, streams, length + count, head_dim)
+        held = torch.full(size, float("nan"), dtype=dtype, device=device)
+        held[:, :, :, :length].normal_()
+        return held
+
     segments = []
     for length, count in sequences:
-        sequence = CachedSequence(shape, (Roi((Span(0, 1),)),) * regions)
-        sequence.reserve(length + count)
-        # What lies beyond the length must never be read.
-        sequence.keys.fill_(float("nan"))
-        sequence.values.fill_(float("nan"))
-        sequence.keys[:, :, :, :length].normal_()
-        sequence.values[:, :, :, :length].normal_()
-        sequence.length = length
-        segments.append((sequence, count))
-    rows, streams = sum(count for _, count in sequences), 1 + regions
-    key_streams = segments[0][0].keys.shape[2]
+        keys, values = cache(key_streams, length, count), cache(streams, length, count)
+        segments.append((CachedSequence(shape, Roi(), length=length, keys=keys, values=values), count))
 
     def random(streams: int, heads: int) -> torch.Tensor:
         return torch.randn(streams, rows, heads, head_dim, device=device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from agd_vllm.attribution.tangent_cache import (
 )
 from agd_vllm.attribution.tangent_pass import TangentPass
 from agd_vllm.kernels.to_device import to_device
-from agd_vllm.records import Roi, ScoreRequest
+from agd_vllm.records import ScoreRequest
 
 PASS_TOKENS = 512
 """Tokens of one tangent pass, over all sequences; longer prefixes go in several, so that memory stays bounded."""
@@ -31,7 +32,6 @@ class _Job:
 
     index: int
     request: ScoreRequest
-    rois: tuple[Roi, ...]
     tokens: list[int]
     held: int
     sequence: CachedSequence | None = None
@@ -44,8 +44,8 @@ class ForwardScorer:
 
     Stateful: a request may carry only the tokens since the last one of its sequence, under the same region.
     `cache_bytes` (default: an eighth of the device's memory) bounds the keys, values and tangents held between calls;
-    one sequence may exceed it while it is scored. The least recently used sequences go first. Raises ValueError for a
-    model it cannot read.
+    one sequence may exceed it while it is scored. The least recently used sequences go first. `loading`: dtype, device,
+    revision and trust_remote_code of `load_model`. Raises ValueError for a model it cannot read.
     """
 
     stateful = True
@@ -55,15 +55,10 @@ class ForwardScorer:
         model_path: str,
         *,
         rule: str = "attnlrp",
-        dtype: str = "float32",
-        device: str | None = None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
         cache_bytes: int | None = None,
+        **loading: Any,
     ):
-        self.hf = load_model(
-            model_path, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
-        )
+        self.hf = load_model(model_path, **loading)
         self.tangents = TangentPass(self.hf, rule)
         shape = CacheShape(
             num_layers=self.hf.num_layers,
@@ -76,35 +71,24 @@ class ForwardScorer:
         if cache_bytes is None:
             cache_bytes = default_cache_bytes(self.hf.device)
         self.cache = TangentCache(shape, cache_bytes)
-        self.cache_tokens = cache_bytes // shape.token_bytes(1)
+        self.cache_tokens = cache_bytes // shape.token_bytes
 
+    @torch.inference_mode()
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float] | None]:
         """S(c, R) for each request's candidates, in their order; NaN is passed on as it is.
 
         None: the tokens before the request's `start` are not held, or not under its region; send the whole sequence.
         Raises ValueError, before anything is computed, for a region outside the tokens or the model.
         """
-        answers = self.score_regions(requests, [(request.roi,) for request in requests])
-        return [None if answer is None else answer[0] for answer in answers]
-
-    @torch.inference_mode()
-    def score_regions(
-        self, requests: Sequence[ScoreRequest], regions: Sequence[tuple[Roi, ...]]
-    ) -> list[list[list[float]] | None]:
-        """As `score`, with several regions for each request in place of its own: one list of scores per region.
-
-        Regions cost one tangent each and share the values. A sequence keeps its regions from call to call.
-        """
-        for request, rois in zip(requests, regions, strict=True):
+        for request in requests:
             num_tokens = request.start + len(request.token_ids)
             if num_tokens == 0:
                 raise ValueError(f"sequence {request.sequence}: nothing to score, it has no tokens")
-            for roi in rois:
-                check_roi(roi, num_tokens=num_tokens, num_layers=self.hf.num_layers, num_heads=self.hf.num_heads)
-        answers: list[list[list[float]] | None] = [None] * len(requests)
+            check_roi(request.roi, num_tokens=num_tokens, num_layers=self.hf.num_layers, num_heads=self.hf.num_heads)
+        answers: list[list[float] | None] = [None] * len(requests)
         waiting = list(range(len(requests)))
         while waiting:
-            jobs, waiting = self._next_jobs(requests, regions, waiting)
+            jobs, waiting = self._next_jobs(requests, waiting)
             if not jobs:  # none of them can be resumed
                 break
             for job, scores in zip(jobs, self._run(jobs), strict=True):
@@ -116,13 +100,11 @@ class ForwardScorer:
         """The sequence is finished: it stays only while there is room, for those that begin alike."""
         self.cache.release(sequence)
 
-    def _next_jobs(
-        self, requests: Sequence[ScoreRequest], regions: Sequence[tuple[Roi, ...]], waiting: Sequence[int]
-    ) -> tuple[list[_Job], list[int]]:
+    def _next_jobs(self, requests: Sequence[ScoreRequest], waiting: Sequence[int]) -> tuple[list[_Job], list[int]]:
         """The requests that can run in one batch now, and those that must wait; those that cannot be resumed leave.
 
         A request waits for a sequence of the batch that begins as it does (the prefix is then copied, not computed
-        twice), for another request of its own sequence, for one with another number of regions, or for room.
+        twice), for another request of its own sequence, or for room.
         """
         jobs: list[_Job] = []
         later: list[int] = []
@@ -130,14 +112,14 @@ class ForwardScorer:
         coming: set[bytes] = set()
         num_bytes = 0
         for index in waiting:
-            request, rois = requests[index], regions[index]
-            if jobs and (request.sequence in names or len(rois) != len(jobs[0].rois)):
+            request = requests[index]
+            if request.sequence in names:
                 later.append(index)
                 continue
-            job = self._plan(index, request, rois)
+            job = self._plan(index, request)
             if job is None:
                 continue
-            needed = len(job.tokens) * self.cache.shape.token_bytes(len(rois))
+            needed = len(job.tokens) * self.cache.shape.token_bytes
             shared = PREFIX_BLOCK * sum(digest in coming for digest in job.digests)
             if jobs and (shared > job.held or num_bytes + needed > self.cache.max_bytes):
                 later.append(index)
@@ -148,30 +130,30 @@ class ForwardScorer:
             jobs.append(job)
         return jobs, later
 
-    def _plan(self, index: int, request: ScoreRequest, rois: tuple[Roi, ...]) -> _Job | None:
-        """How the request can be served; None if the tokens before its `start` are not held under its regions."""
+    def _plan(self, index: int, request: ScoreRequest) -> _Job | None:
+        """How the request can be served; None if the tokens before its `start` are not held under its region."""
         sequence = self.cache.get(request.sequence)
-        if sequence is not None and sequence.rois != rois:
+        if sequence is not None and sequence.roi != request.roi:
             sequence = None
         if request.start > (sequence.length if sequence else 0):
             return None
         if sequence is None:
             tokens = list(request.token_ids)
-            digests = prefix_digests(tokens, rois)
+            digests = prefix_digests(tokens, request.roi)
             # The last token is always computed, for its hidden state.
             donor, held = self.cache.donor(digests[: (len(tokens) - 1) // PREFIX_BLOCK])
-            return _Job(index, request, rois, tokens, held, donor=donor, digests=digests)
+            return _Job(index, request, tokens, held, donor=donor, digests=digests)
         tokens = sequence.tokens[: request.start] + request.token_ids
         held = _common_prefix(sequence.tokens, tokens, request.start)
-        return _Job(index, request, rois, tokens, min(held, sequence.length, len(tokens) - 1), sequence=sequence)
+        return _Job(index, request, tokens, min(held, sequence.length, len(tokens) - 1), sequence=sequence)
 
-    def _run(self, jobs: Sequence[_Job]) -> list[list[list[float]]]:
-        """Bring every job's sequence up to its last token and score: [regions][candidates] for each job."""
+    def _run(self, jobs: Sequence[_Job]) -> list[list[float]]:
+        """Bring every job's sequence up to its last token and score its candidates."""
         pinned = [sequence for job in jobs for sequence in (job.sequence, job.donor) if sequence is not None]
         # New sequences copy their prefixes before the others are cut back: a donor may be one of those.
         for job in sorted(jobs, key=lambda job: job.sequence is not None):
             if job.sequence is None:
-                job.sequence = CachedSequence(self.cache.shape, job.rois)
+                job.sequence = CachedSequence(self.cache.shape, job.request.roi)
                 self.cache.add(job.request.sequence, job.sequence)
                 pinned.append(job.sequence)
             self.cache.truncate(job.sequence, job.held)
@@ -188,11 +170,11 @@ class ForwardScorer:
         rows = to_device(torch.repeat_interleave(torch.arange(len(jobs)), torch.tensor(counts)), self.hf.device)
         ids = to_device(torch.tensor(candidates, dtype=torch.long), self.hf.device)
         unembedding = self.hf.unembedding[ids].float()
-        scores = torch.einsum("srd,rd->sr", last[1:, rows], unembedding).cpu()
-        return [per_job.tolist() for per_job in scores.split(counts, dim=1)]
+        scores = torch.einsum("rd,rd->r", last[1, rows], unembedding).cpu()
+        return [per_job.tolist() for per_job in scores.split(counts)]
 
     def _extend(self, jobs: Sequence[_Job]) -> torch.Tensor:
-        """Compute what the jobs' sequences lack, PASS_TOKENS at a time; streams [S, jobs, d] at their last tokens."""
+        """Compute what the jobs' sequences lack, PASS_TOKENS at a time; streams [2, jobs, d] at their last tokens."""
         last: list[torch.Tensor | None] = [None] * len(jobs)
         unfinished = list(range(len(jobs)))
         while unfinished:

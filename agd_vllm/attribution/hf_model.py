@@ -6,7 +6,7 @@ from operator import attrgetter
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from agd_vllm.models.architectures import TEXT_MODEL, check_supported
 
@@ -31,11 +31,12 @@ class HFModel:
         )
 
 
-def load_config(model_path: str, *, revision: str | None = None, trust_remote_code: bool = False):
-    """The config of a local path or Hub id. Raises ValueError if attribution cannot read such a model."""
+def load_config(
+    model_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[str, PretrainedConfig]:
+    """Architecture and config of a local path or Hub id. Raises ValueError if attribution cannot read such a model."""
     config = AutoConfig.from_pretrained(model_path, revision=revision, trust_remote_code=trust_remote_code)
-    check_supported(config)
-    return config
+    return check_supported(config), config
 
 
 def load_model(
@@ -51,8 +52,7 @@ def load_model(
 
     Raises ValueError for an unsupported architecture, an unknown dtype, or weights that are not plain matrices.
     """
-    config = load_config(model_path, revision=revision, trust_remote_code=trust_remote_code)
-    architecture = check_supported(config)
+    architecture, config = load_config(model_path, revision=revision, trust_remote_code=trust_remote_code)
     model = AutoModelForCausalLM.from_pretrained(
         model_path,
         config=config,

@@ -15,7 +15,6 @@ import torch
 from agd_vllm.attribution import lxt_compat
 from agd_vllm.attribution.hf_model import load_config, load_model
 from agd_vllm.attribution.regions import check_roi, heads_by_layer, token_weights
-from agd_vllm.models.architectures import check_supported
 from agd_vllm.records import ScoreRequest
 
 MAX_BATCH_TOKENS = 2048
@@ -48,8 +47,8 @@ class ReferenceScorer:
         revision: str | None = None,
         trust_remote_code: bool = False,
     ):
-        config = load_config(model_path, revision=revision, trust_remote_code=trust_remote_code)
-        implementation = lxt_compat.patch(check_supported(config), rule)
+        architecture, _ = load_config(model_path, revision=revision, trust_remote_code=trust_remote_code)
+        implementation = lxt_compat.patch(architecture, rule)
         self.hf = load_model(
             model_path,
             dtype=dtype,

@@ -9,9 +9,8 @@ the last hidden state, m the region's weights on tokens and u_c the unembedding 
 so one tangent, seeded with m * E, scores the whole vocabulary. Every rule here is the transpose of a rule of AttnLRP
 (arXiv 2402.05602) for one operation.
 
-Streams are stacked on the first axis, [S, ...]: stream 0 is the value x, streams 1 to S - 1 are tangents x', one for
-each region, sharing the value. Residual connections and RoPE are linear without a bias, so they treat all streams
-alike; the embedding scale is part of E.
+Streams are stacked on the first axis, [S, ...]: stream 0 is the value x, the others are tangents x'. Residual
+connections and RoPE are linear without a bias, so they treat all streams alike; the embedding scale is part of E.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from agd_vllm.records import ScoreRequest
 
@@ -15,7 +15,7 @@ class Scorer(Protocol):
     """Scores candidates of guided steps.
 
     `stateful`: requests may carry only the tokens since the last step. `cache_tokens`: how many tokens it then holds
-    between calls, over all sequences, with one region each (None where it is not stateful).
+    between calls, over all sequences (None where it is not stateful).
     """
 
     stateful: bool
@@ -37,33 +37,23 @@ def load_scorer(
     model_path: str,
     *,
     rule: str = "attnlrp",
-    dtype: str = "float32",
-    device: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     cache_bytes: int | None = None,
+    **loading: Any,
 ) -> Scorer:
     """Load a scorer by its name on the command line. Only that scorer's module is imported.
 
     `forward`: forward-mode tangents with a cache of at most `cache_bytes` (default: an eighth of the device's memory).
-    `lxt`: the reference, reverse mode; it keeps no cache. Raises ValueError for an unknown name or rule and for a model
-    that attribution cannot read.
+    `lxt`: the reference, reverse mode; it keeps no cache. `loading`: as for `hf_model.load_model`. Raises ValueError
+    for an unknown name or rule and for a model that attribution cannot read.
     """
     if name not in SCORERS:
         raise ValueError(f"unknown scorer {name!r}; known: {', '.join(SCORERS)}")
     if rule not in RULES:
         raise ValueError(f"unknown attribution rule {rule!r}; known: {', '.join(RULES)}")
-    options = {
-        "rule": rule,
-        "dtype": dtype,
-        "device": device,
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-    }
     if name == "lxt":
         from agd_vllm.attribution.reference import ReferenceScorer
 
-        return ReferenceScorer(model_path, **options)
+        return ReferenceScorer(model_path, rule=rule, **loading)
     from agd_vllm.attribution.forward import ForwardScorer
 
-    return ForwardScorer(model_path, **options, cache_bytes=cache_bytes)
+    return ForwardScorer(model_path, rule=rule, cache_bytes=cache_bytes, **loading)

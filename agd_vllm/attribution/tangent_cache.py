@@ -16,6 +16,9 @@ import torch
 from agd_vllm.attribution.regions import heads_by_layer, token_weights
 from agd_vllm.records import Roi
 
+STREAMS = 2
+"""The value and its tangent."""
+
 PREFIX_BLOCK = 16
 """Prefixes are shared in whole blocks of this many tokens."""
 
@@ -34,29 +37,33 @@ class CacheShape:
     dtype: torch.dtype
     device: torch.device
 
-    def token_bytes(self, num_regions: int) -> int:
-        streams = 1 + num_regions
-        key_streams = streams if self.key_tangents else 1
-        return self.num_layers * self.num_kv_heads * self.head_dim * (streams + key_streams) * self.dtype.itemsize
+    @property
+    def key_streams(self) -> int:
+        return STREAMS if self.key_tangents else 1
+
+    @property
+    def token_bytes(self) -> int:
+        streams = self.key_streams + STREAMS
+        return self.num_layers * self.num_kv_heads * self.head_dim * streams * self.dtype.itemsize
 
 
 @dataclass(eq=False, slots=True)
 class CachedSequence:
-    """Tokens of one sequence, its regions, and keys and values [layers, K, streams, capacity, D] of the first `length`.
+    """Tokens of one sequence, its region, and keys and values [layers, K, streams, capacity, D] of the first `length`.
 
-    Of `tokens` the first `length` are computed. Stream 0 is the value, stream 1 + i the tangent of region i.
+    Of `tokens` the first `length` are computed. Stream 0 is the value, stream 1 the tangent.
     """
 
     shape: CacheShape
-    rois: tuple[Roi, ...]
+    roi: Roi
     tokens: list[int] = field(default_factory=list)
     length: int = 0
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
-    heads: list[dict[int, list[int]]] = field(init=False)
+    heads: dict[int, list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.heads = [heads_by_layer(roi) for roi in self.rois]
+        self.heads = heads_by_layer(self.roi)
 
     @property
     def capacity(self) -> int:
@@ -64,24 +71,19 @@ class CachedSequence:
 
     @property
     def num_bytes(self) -> int:
-        return self.capacity * self.shape.token_bytes(len(self.rois))
-
-    def weights(self, start: int, end: int) -> torch.Tensor:
-        """Region weights of the positions [start, end), float32 [regions, end - start]."""
-        return torch.stack([token_weights(roi, start, end) for roi in self.rois])
+        return self.capacity * self.shape.token_bytes
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` tokens; what is computed moves along."""
         if capacity <= self.capacity:
             return
         shape, old_keys, old_values = self.shape, self.keys, self.values
-        streams = 1 + len(self.rois)
 
         def buffer(streams: int) -> torch.Tensor:
             size = (shape.num_layers, shape.num_kv_heads, streams, capacity, shape.head_dim)
             return torch.empty(size, dtype=shape.dtype, device=shape.device)
 
-        self.keys, self.values = buffer(streams if shape.key_tangents else 1), buffer(streams)
+        self.keys, self.values = buffer(shape.key_streams), buffer(STREAMS)
         if self.length:
             self.keys[:, :, :, : self.length] = old_keys[:, :, :, : self.length]
             self.values[:, :, :, : self.length] = old_values[:, :, :, : self.length]
@@ -93,18 +95,16 @@ class CachedSequence:
         self.length = length
 
 
-def prefix_digests(tokens: Sequence[int], rois: Sequence[Roi]) -> list[bytes]:
+def prefix_digests(tokens: Sequence[int], roi: Roi) -> list[bytes]:
     """A digest for each whole block of `tokens`: of all tokens and region weights up to its end, and of the heads."""
     end = len(tokens) // PREFIX_BLOCK * PREFIX_BLOCK
     content = torch.tensor(tokens[:end]).numpy()
-    weights = torch.stack([token_weights(roi, 0, end) for roi in rois]).numpy()
-    digest = repr([heads_by_layer(roi) for roi in rois]).encode()
+    weights = token_weights(roi, 0, end).numpy()
+    digest = repr(heads_by_layer(roi)).encode()
     digests = []
     for start in range(0, end, PREFIX_BLOCK):
         block = slice(start, start + PREFIX_BLOCK)
-        digest = hashlib.blake2b(
-            digest + content[block].tobytes() + weights[:, block].tobytes(), digest_size=16
-        ).digest()
+        digest = hashlib.blake2b(digest + content[block].tobytes() + weights[block].tobytes(), digest_size=16).digest()
         digests.append(digest)
     return digests
 
@@ -158,7 +158,7 @@ class TangentCache:
             return
         capacity = max(tokens + HEADROOM, sequence.capacity * 3 // 2)
         before = sequence.num_bytes
-        self.evict(capacity * self.shape.token_bytes(len(sequence.rois)) - before, pinned)
+        self.evict(capacity * self.shape.token_bytes - before, pinned)
         sequence.reserve(capacity)
         self.num_bytes += sequence.num_bytes - before
 

@@ -9,6 +9,7 @@ import torch
 from agd_vllm.attribution.adapters import Layer, adapt
 from agd_vllm.attribution.hf_model import HFModel
 from agd_vllm.attribution.operations import operations
+from agd_vllm.attribution.regions import token_weights
 from agd_vllm.attribution.rules import RULES, Norm
 from agd_vllm.attribution.sequence_attention import SequenceAttention
 from agd_vllm.attribution.tangent_cache import CachedSequence
@@ -43,8 +44,8 @@ class TangentPass:
     def extend(self, segments: Sequence[tuple[CachedSequence, int]]) -> torch.Tensor:
         """Compute the next tokens of each sequence, for which there must be room, and add them to its cache.
 
-        A segment is (sequence, count). All sequences have the same number of regions. Returns the streams of the last
-        token of each segment after the final norm, float32 [S, segments, d].
+        A segment is (sequence, count). Returns the streams of the last token of each segment after the final norm,
+        float32 [2, segments, d].
         """
         streams = self._embed(segments)
         attend = self._attention(segments)
@@ -63,11 +64,11 @@ class TangentPass:
         return self.ops.exact_norm(streams[:, ends] + out[:, ends], self.decoder.final_norm)
 
     def _embed(self, segments: Sequence[tuple[CachedSequence, int]]) -> torch.Tensor:
-        """Streams [S, N, d] at the input: embeddings E, and m * E for each region."""
+        """Streams [S, N, d] at the input: embeddings E, and m * E for the region."""
         tokens = [token for seq, count in segments for token in seq.tokens[seq.length : seq.length + count]]
         ids = to_device(torch.tensor(tokens), self.hf.device)
-        weights = torch.cat([seq.weights(seq.length, seq.length + count) for seq, count in segments], dim=1)
-        weights = to_device(torch.cat([torch.ones(1, len(tokens)), weights]), self.hf.device)
+        weights = torch.cat([token_weights(seq.roi, seq.length, seq.length + count) for seq, count in segments])
+        weights = to_device(torch.stack([torch.ones(len(tokens)), weights]), self.hf.device)
         return self.hf.stack.embed_tokens(ids).float() * weights[:, :, None]
 
     def _rope_tables(
@@ -110,10 +111,9 @@ class TangentPass:
         offset = 0
         for sequence, count in segments:
             here = slice(offset, offset + count)
-            for region, heads in enumerate(sequence.heads, start=1):
-                # A head of the region is a component itself: o' += o (arXiv 2509.26307), nested heads each count.
-                for head in heads.get(index, ()):
-                    out[region, here, head] += out[0, here, head]
+            # A head of the region is a component itself: o' += o (arXiv 2509.26307), nested heads each count.
+            for head in sequence.heads.get(index, ()):
+                out[1, here, head] += out[0, here, head]
             offset += count
         return self.ops.linear(out.flatten(2), layer.o)
 

@@ -132,7 +132,7 @@ def _cache_bytes(model: str, revision: str | None, trust_remote_code: bool, sett
     from agd_vllm.attribution.hf_model import load_config, weight_dtype
     from agd_vllm.models.gpu_memory import CACHE_PART, LEAST_CACHE_BYTES, check_room, worker_needs
 
-    config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    _, config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     free, total = torch.cuda.mem_get_info()
     needs = worker_needs(config, weight_dtype(settings.dtype, config), PASS_TOKENS)
     # Reverse mode keeps no cache, and is the reference rather than what is run at scale.

@@ -9,12 +9,13 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from agd_vllm.evaluation.outcomes import Outcome, read_outcomes, read_summary
+from agd_vllm.evaluation.outcomes import Outcome, read_outcomes
 from agd_vllm.evaluation.scoring import Scores, check_metadata, score
 from agd_vllm.evaluation.strategies import Strategy
 from agd_vllm.evaluation.suites import Row, read_suite
 from agd_vllm.evaluation.table import markdown, record
 from agd_vllm.input.schema import row_id
+from agd_vllm.output.run_reader import RunReader
 from agd_vllm.output.storage import OutputDirectory
 from agd_vllm.output.summary import OutputUnusable, open_run
 from agd_vllm.pipeline.decoder import Decoder, DecoderOptions
@@ -58,7 +59,7 @@ def evaluate(
         failed[strategy.name] = run_dataset(run, strategy.options)
     ids = {id for id in map(row_id, chosen) if id is not None}
     outcomes = {strategy.name: read_outcomes(run.output, ids) for strategy, run in zip(strategies, runs, strict=True)}
-    summaries = {strategy.name: read_summary(run.output) for strategy, run in zip(strategies, runs, strict=True)}
+    summaries = [RunReader(run.output).parameters() for run in runs]
     scores = score(outcomes)
     say("── perplexity of the answers")
     perplexities, dtype = _perplexities(options, outcomes)
@@ -73,13 +74,13 @@ def evaluate(
                 "relevance": strategy.options.strategy == "agd",
                 "failed": failed[strategy.name],
                 "perplexity": perplexities[strategy.name],
-                "tokens_per_second": summaries[strategy.name]["tokens_per_second"],
+                "tokens_per_second": summary["tokens_per_second"],
             },
         )
-        for strategy in strategies
+        for strategy, summary in zip(strategies, summaries, strict=True)
     ]
     output = OutputDirectory(settings.output)
-    output.write(TABLE_JSON, json.dumps(records, indent=2, ensure_ascii=False).encode() + b"\n")
+    output.write_json(TABLE_JSON, records)
     table = markdown(f"{settings.suite}, {options.model}", records, notes(settings, scores, dtype, records[0]))
     output.write(TABLE_MARKDOWN, table.encode())
     say(table)

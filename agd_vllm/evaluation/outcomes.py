@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from agd_vllm.output.storage import OutputDirectory
-from agd_vllm.output.summary import SUMMARY
+from agd_vllm.output.run_reader import RunReader
+from agd_vllm.records import DecodedRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +36,9 @@ def read_outcomes(directory: str, ids: Collection[str]) -> dict[str, Outcome]:
 
     Raises OutputFailed where a part cannot be read.
     """
-    output = OutputDirectory(directory)
-    results, steps = output.parts("results"), output.parts("steps")
-    taken: defaultdict[str, list[Step]] = defaultdict(list)
-    # Steps without results of the same number are of a run that died before their rows were written.
-    for number in sorted(steps.keys() & results.keys()):
-        for row in _rows(output, steps[number], ["id", "candidate_ids", "scores", "chosen_id", "greedy_id"]):
-            score = row["scores"][row["candidate_ids"].index(row["greedy_id"])]
-            taken[row["id"]].append(Step(row["chosen_id"] != row["greedy_id"], score))
-    found = {}
-    for name in results.values():
-        for row in _rows(output, name, ["id", "text", "prompt_token_ids", "token_ids", "metadata"]):
-            if row["id"] in ids:
-                row["metadata"] = json.loads(row["metadata"])
-                found[row["id"]] = Outcome(**row, steps=taken[row["id"]])
-    return found
+    return {row.id: _outcome(row) for row in RunReader(directory).rows(ids)}
 
 
-def read_summary(directory: str) -> dict[str, Any]:
-    output = OutputDirectory(directory)
-    with output.open(SUMMARY) as file, output.faults(SUMMARY):
-        return json.load(file)
-
-
-def _rows(output: OutputDirectory, name: str, columns: list[str]) -> list[dict[str, Any]]:
-    with output.open(name) as file, output.faults(name):
-        return pq.read_table(file, columns=columns).to_pylist()
+def _outcome(row: DecodedRow) -> Outcome:
+    steps = [Step(step.changed, step.scores[step.candidate_ids.index(step.greedy_id)]) for step in row.steps]
+    return Outcome(row.id, row.text, row.prompt_token_ids, row.token_ids, json.loads(row.metadata), steps)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import json
-import time
 from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from agd_vllm.output.storage import OutputDirectory, OutputFailed
+from agd_vllm.output.buffered import BufferedWriter
 from agd_vllm.output.writer import LOCK
 
 # The folder holds Parquet only, so that it can be read as one table.
@@ -45,42 +41,19 @@ class TokenRelevance:
     relevance: np.ndarray
 
 
-class RelevanceWriter:
+class RelevanceWriter(BufferedWriter):
     """Takes the relevance of whole rows and makes it durable after PART_BYTES bytes or PART_SECONDS seconds.
 
-    A part appears whole, by a rename, and is never touched again; failed rows go to RELEVANCE_ERRORS. Opening it
-    mends what a dead process left. Not thread-safe.
-    Raises OutputFailed, from every method, where the storage fails, or at once where another process writes here.
+    A part appears whole, by a rename, and is never touched again; failed rows go to RELEVANCE_ERRORS.
     """
 
     def __init__(self, directory: str):
-        self._output = OutputDirectory(directory)
-        self._output.make_folder(RELEVANCE)
-        self._lock = self._output.lock(f"{RELEVANCE}/{LOCK}")
         self._buffer: list[tuple[str, TokenRelevance]] = []
         self._bytes = 0
-        self._errors: list[bytes] = []
-        self._since: float | None = None
         self._steps: Counter[str] = Counter()
         self._failed: set[str] = set()
         self.relevances = 0
-        try:
-            self._next_part = self._recover_parts()
-            self._errors_end = self._recover_errors()
-        except BaseException:
-            self._release()
-            raise
-
-    def __enter__(self) -> RelevanceWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            # After a failed write the same rows would only fail again, and hide the first fault.
-            if not (kind and issubclass(kind, OutputFailed)):
-                self.flush()
-        finally:
-            self._release()
+        super().__init__(directory, f"{RELEVANCE}/{LOCK}", RELEVANCE_ERRORS, PART_SECONDS)
 
     @property
     def rows(self) -> int:
@@ -112,67 +85,34 @@ class RelevanceWriter:
     def fail(self, id: str, type: str, message: str) -> None:
         """Takes a row that cannot be attributed."""
         self._failed.add(id)
-        fault = {"id": id, "error": {"type": type, "message": message}}
-        self._errors.append(json.dumps(fault, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
-        self._buffered()
+        self._buffer_error({"id": id, "error": {"type": type, "message": message}})
 
-    def flush_if_due(self) -> None:
-        old = self._since is not None and time.monotonic() - self._since >= PART_SECONDS
-        if old or self._bytes >= PART_BYTES:
-            self.flush()
+    def _full(self) -> bool:
+        return self._bytes >= PART_BYTES
 
-    def flush(self) -> None:
-        """Makes everything taken so far durable."""
+    def _flush_rows(self) -> None:
         if self._buffer:
-            self._output.write(f"{RELEVANCE}/part-{self._next_part:05d}.parquet", _parquet(self._buffer))
+            self._output.write_table(f"{RELEVANCE}/part-{self._next_part:05d}.parquet", _table(self._buffer))
             self._next_part += 1
             self._buffer, self._bytes = [], 0
-        if self._errors:
-            data = b"".join(self._errors)
-            self._output.write_from(RELEVANCE_ERRORS, self._errors_end, data)
-            self._errors_end += len(data)
-            self._errors = []
-        self._since = None
 
-    def _buffered(self) -> None:
-        if self._since is None:
-            self._since = time.monotonic()
-        self.flush_if_due()
-
-    def _release(self) -> None:
-        if self._lock:
-            self._lock.close()
-
-    def _recover_parts(self) -> int:
-        for name in self._output.names(RELEVANCE):
-            if name.startswith(".part-") and name.endswith(".tmp"):
-                self._output.remove(f"{RELEVANCE}/{name}")
+    def _recover(self) -> None:
+        self._output.make_folder(RELEVANCE)
+        self._remove_temporaries(f"{RELEVANCE}/")
+        self._recover_errors(lambda record: self._failed.add(record["id"]))
         parts = self._output.parts(RELEVANCE)
         for name in parts.values():
-            with self._output.open(name) as file, self._output.faults(name):
-                table = pq.read_table(file, columns=["id", "step"])
+            table = self._output.read_table(name, ["id", "step"])
             self.relevances += table.num_rows
             for row in table.group_by("id").aggregate([("step", "count_distinct")]).to_pylist():
                 self._steps[row["id"]] += row["step_count_distinct"]
-        return max(parts, default=-1) + 1
-
-    def _recover_errors(self) -> int:
-        """Takes note of the rows that failed; the size of the whole lines, which a torn one may follow."""
-        end = 0
-        if RELEVANCE_ERRORS in self._output.names():
-            with self._output.open(RELEVANCE_ERRORS) as file, self._output.faults(RELEVANCE_ERRORS):
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    end += len(line)
-                    self._failed.add(json.loads(line)["id"])
-        return end
+        self._next_part = max(parts, default=-1) + 1
 
 
-def _parquet(rows: list[tuple[str, TokenRelevance]]) -> bytes:
+def _table(rows: list[tuple[str, TokenRelevance]]) -> pa.Table:
     values = [relevance.relevance for _, relevance in rows]
     offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
-    table = pa.table(
+    return pa.table(
         {
             "id": [id for id, _ in rows],
             "step": [relevance.step for _, relevance in rows],
@@ -182,6 +122,3 @@ def _parquet(rows: list[tuple[str, TokenRelevance]]) -> bytes:
         },
         schema=RELEVANCE_SCHEMA,
     )
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import fields
@@ -10,7 +9,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from agd_vllm.output.relevance_writer import RELEVANCE
 from agd_vllm.output.storage import OutputDirectory
@@ -43,20 +41,17 @@ class RunReader:
 
     def json(self, name: str) -> dict[str, Any]:
         """One of the run's JSON files; empty where it is not there."""
-        if name not in self.output.names():
-            return {}
-        with self.output.open(name) as file, self.output.faults(name):
-            return json.load(file)
+        return self.output.read_json(name) if name in self.output.names() else {}
 
     def ids(self) -> list[str]:
         """The ids of all decoded rows, in completion order."""
-        return [id for name in self.results.values() for id in self._table(name, ["id"])["id"].to_pylist()]
+        return [id for name in self.results.values() for id in self.output.read_table(name, ["id"])["id"].to_pylist()]
 
     def rows(self, ids: Collection[str] | None = None) -> Iterator[DecodedRow]:
         """Decoded rows with their guided steps, in completion order; of these ids only, where some are given."""
         wanted = None if ids is None else pa.array(list(ids), pa.string())
         for number, name in self.results.items():
-            results = _only(self._table(name, _ROW_COLUMNS), wanted)
+            results = _only(self.output.read_table(name, _ROW_COLUMNS), wanted)
             if not results.num_rows:
                 continue
             steps = self._steps_of(number, results["id"])
@@ -67,26 +62,22 @@ class RunReader:
     def step_columns(self, columns: list[str]) -> Iterator[pa.Table]:
         """Some columns of all guided steps of decoded rows, part by part."""
         for number in self._steps.keys() & self.results.keys():
-            yield self._table(self._steps[number], columns)
+            yield self.output.read_table(self._steps[number], columns)
 
     def relevance(self, ids: Collection[str]) -> Iterator[dict[str, Any]]:
         """What `agd-vllm attribute` wrote for these rows; nothing where it wrote nothing."""
         wanted = pa.array(list(ids), pa.string())
         for name in self.output.parts(RELEVANCE).values():
-            for batch in _only(self._table(name), wanted).to_batches(max_chunksize=256):
+            for batch in _only(self.output.read_table(name), wanted).to_batches(max_chunksize=256):
                 yield from batch.to_pylist()
 
     def _steps_of(self, number: int, ids: pa.ChunkedArray) -> dict[str, list[GuidedStep]]:
         steps: defaultdict[str, list[GuidedStep]] = defaultdict(list)
         if number in self._steps:
-            table = self._table(self._steps[number], _STEP_COLUMNS)
+            table = self.output.read_table(self._steps[number], _STEP_COLUMNS)
             for step in _only(table, ids.combine_chunks()).to_pylist():
                 steps[step.pop("id")].append(GuidedStep(**step))
         return steps
-
-    def _table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        with self.output.open(name) as file, self.output.faults(name):
-            return pq.read_table(file, columns=columns)
 
 
 def _only(table: pa.Table, ids: pa.Array | None) -> pa.Table:

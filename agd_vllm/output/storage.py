@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import io
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 
@@ -61,6 +65,14 @@ class OutputDirectory:
         with self.faults(name):
             return self._fs.open(self.path(name), "rb")
 
+    def read_json(self, name: str) -> Any:
+        with self.open(name) as file, self.faults(name):
+            return json.load(file)
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        with self.open(name) as file, self.faults(name):
+            return pq.read_table(file, columns=columns)
+
     def remove(self, name: str) -> None:
         with self.faults(name):
             self._fs.rm_file(self.path(name))
@@ -73,6 +85,14 @@ class OutputDirectory:
         """Puts a file into place at once and, on a local disk, durably."""
         with self.create(name) as file, self.faults(name):
             file.write(data)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        self.write(name, buffer.getvalue())
 
     @contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:

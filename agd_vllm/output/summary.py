@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from agd_vllm.output.storage import OutputDirectory, OutputFailed
 from agd_vllm.output.writer import ERRORS, LOCK
@@ -40,14 +39,13 @@ def open_run(directory: str, identity: dict[str, Any], resume: bool) -> None:
         names = set(output.names()) - {LOCK, f".{RUN}.tmp"}
         identity = _finite(identity)
         if not names:
-            output.write(RUN, _json(identity))
+            output.write_json(RUN, identity)
             return
         if RUN not in names:
             raise OutputUnusable(f"output {directory} is not empty and holds no run; give another directory")
         if not resume:
             raise OutputUnusable(f"output {directory} holds a run already; give another directory, or resume it")
-        with output.open(RUN) as file, output.faults(RUN):
-            held = json.load(file)
+        held = output.read_json(RUN)
     except OutputFailed as failed:
         raise OutputUnusable(str(failed)) from failed
     different = differences(held, identity)
@@ -64,7 +62,7 @@ def write_summary(directory: str, summary: dict[str, Any]) -> None:
     Raises:
         OutputFailed: where it cannot be written; an earlier summary is then still in place.
     """
-    OutputDirectory(directory).write(SUMMARY, _json(_finite(summary)))
+    OutputDirectory(directory).write_json(SUMMARY, _finite(summary))
 
 
 def count_outputs(directory: str) -> dict[str, int]:
@@ -80,12 +78,12 @@ def count_outputs(directory: str) -> dict[str, int]:
     )
     results, steps = output.parts("results"), output.parts("steps")
     for name in results.values():
-        table = _columns(output, name, ["prompt_token_ids", "token_ids"])
+        table = output.read_table(name, ["prompt_token_ids", "token_ids"])
         counts["decoded"] += table.num_rows
         counts["prompt_tokens"] += _total(pc.list_value_length(table["prompt_token_ids"]))
         counts["output_tokens"] += _total(pc.list_value_length(table["token_ids"]))
     for number in steps.keys() & results.keys():  # others are of a run that died before their rows were written
-        table = _columns(output, steps[number], ["chosen_id", "greedy_id"])
+        table = output.read_table(steps[number], ["chosen_id", "greedy_id"])
         counts["guided_steps"] += table.num_rows
         counts["changed_tokens"] += _total(pc.not_equal(table["chosen_id"], table["greedy_id"]))
     if ERRORS in output.names():
@@ -94,11 +92,6 @@ def count_outputs(directory: str) -> dict[str, int]:
                 counts["failed"] += chunk.count(b"\n")
     counts["rows"] = counts["decoded"] + counts["failed"]
     return counts
-
-
-def _columns(output: OutputDirectory, name: str, columns: list[str]) -> pa.Table:
-    with output.open(name) as file, output.faults(name):
-        return pq.read_table(file, columns=columns)
 
 
 def _total(values: pa.ChunkedArray) -> int:
@@ -128,7 +121,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"

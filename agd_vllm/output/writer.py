@@ -8,9 +8,7 @@ results are those of a run that died between the two, whose rows are decoded aga
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import time
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
@@ -20,7 +18,7 @@ import pyarrow.parquet as pq
 
 from agd_vllm.input.id_set import IdSet
 from agd_vllm.input.reader import DUPLICATE_ID
-from agd_vllm.output.storage import OutputDirectory, OutputFailed
+from agd_vllm.output.buffered import BufferedWriter
 from agd_vllm.records import DecodedRow, GuidedStep, RowError
 
 ERRORS = "errors.jsonl"
@@ -54,46 +52,21 @@ STEPS_SCHEMA = pa.schema(
 )
 
 
-class RunWriter:
+class RunWriter(BufferedWriter):
     """Takes decoded and failed rows, and makes them durable after `part_rows` rows or `part_seconds` seconds.
 
     Opening it mends what a dead run left: temporary files and steps without results go, a torn last line of
     `errors.jsonl` is cut off, a results part without a Parquet footer (a copy broken off, on storage that cannot
     rename) is set aside under a hidden name. A part that is in place is never touched again. Rows that are buffered
-    when the process dies are decoded again by a resume. Not thread-safe; a flush blocks for as long as the disk takes.
-    Raises:
-        OutputFailed: from every method, where the storage fails, or at once where another process writes here.
+    when the process dies are decoded again by a resume.
     """
 
     def __init__(self, directory: str, part_rows: int = 500, part_seconds: float = 60):
-        self._output = OutputDirectory(directory)
         self._part_rows = part_rows
-        self._part_seconds = part_seconds
         self._rows: list[DecodedRow] = []
-        self._errors: list[bytes] = []
-        self._error_bytes = 0
-        self._since: float | None = None
         self._completed = IdSet()
         self._unowned: Counter[bytes] = Counter()
-        self._lock = self._output.lock(LOCK)
-        try:
-            for folder in ("results", "steps"):
-                self._output.make_folder(folder)
-            self._remove_temporaries()
-            self._next_part = self._recover_parts()
-            self._errors_end = self._recover_errors()
-        except BaseException:
-            self._release_lock()
-            raise
-
-    def __enter__(self) -> RunWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After a failed write the same rows would only fail again, and hide the first fault.
-        if not (kind and issubclass(kind, OutputFailed)):
-            self.flush()
-        self._release_lock()
+        super().__init__(directory, LOCK, ERRORS, part_seconds)
 
     def completed_ids(self) -> IdSet:
         """The ids of all rows added or failed, by earlier runs too: a resume does not decode them again."""
@@ -121,54 +94,36 @@ class RunWriter:
         elif not self._completed.add(error.id):
             return False
         fault = {"type": error.type, "message": error.message}
-        record = {"input": error.input, "file": error.file, "line": error.line, "id": error.id, "error": fault}
-        # Messages may quote names that are no Unicode; as JSON escapes they can be written.
-        self._errors.append(json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
-        self._error_bytes += len(self._errors[-1])
-        self._buffered()
+        place = {"input": error.input, "file": error.file, "line": error.line, "id": error.id}
+        self._buffer_error(place | {"error": fault})
         return True
 
-    def flush_if_due(self) -> None:
-        """Writes what is buffered if there is enough of it or it is old enough; for the caller's loop, now and then."""
-        full = len(self._rows) + len(self._errors) >= self._part_rows or self._error_bytes >= ERROR_BUFFER_BYTES
-        if full or (self._since is not None and time.monotonic() - self._since >= self._part_seconds):
-            self.flush()
+    def _full(self) -> bool:
+        rows = len(self._rows) + len(self._errors)
+        return rows >= self._part_rows or self._error_bytes >= ERROR_BUFFER_BYTES
 
-    def flush(self) -> None:
-        """Makes everything taken so far durable. Whatever fails stays buffered."""
+    def _flush_rows(self) -> None:
         if self._rows:
             part = f"part-{self._next_part:05d}.parquet"
             steps = [(row.id, step) for row in self._rows for step in row.steps]
-            self._output.write(f"steps/{part}", _parquet(_steps_table(steps)))
-            self._output.write(f"results/{part}", _parquet(_results_table(self._rows)))
+            self._output.write_table(f"steps/{part}", _steps_table(steps))
+            self._output.write_table(f"results/{part}", _results_table(self._rows))
             self._next_part += 1
             self._rows = []
-        if self._errors:
-            data = b"".join(self._errors)
-            self._output.write_from(ERRORS, self._errors_end, data)
-            self._errors_end += len(data)
-            self._errors, self._error_bytes = [], 0
-        self._since = None
 
-    def close(self) -> None:
-        """Flushes, and lets another process write into the directory."""
-        self.flush()
-        self._release_lock()
+    def _recover(self) -> None:
+        for folder in ("results", "steps"):
+            self._output.make_folder(folder)
+        self._remove_temporaries("", "results/", "steps/")
+        self._next_part = self._recover_parts()
+        self._recover_errors(self._recover_error)
+        self._output.write_from(ERRORS, self._errors_end, b"")
 
-    def _buffered(self) -> None:
-        if self._since is None:
-            self._since = time.monotonic()
-        self.flush_if_due()
-
-    def _release_lock(self) -> None:
-        if self._lock:
-            self._lock.close()
-
-    def _remove_temporaries(self) -> None:
-        for folder in ("", "results/", "steps/"):
-            for name in self._output.names(folder.rstrip("/")):
-                if name.startswith(".") and name.endswith(".tmp"):
-                    self._output.remove(folder + name)
+    def _recover_error(self, record: dict[str, Any]) -> None:
+        if record["id"] is None or record["error"]["type"] == DUPLICATE_ID:
+            self._unowned[_unowned_key(record["line"], record["input"])] += 1
+        else:
+            self._completed.add(record["id"])
 
     def _recover_parts(self) -> int:
         """Takes note of the ids in `results`; the number of the next part."""
@@ -190,23 +145,6 @@ class RunWriter:
                 self._output.remove(name)
         return max(whole, default=-1) + 1
 
-    def _recover_errors(self) -> int:
-        """Takes note of the rows in `errors.jsonl`; the size of its whole lines."""
-        end = 0
-        if ERRORS in self._output.names():
-            with self._output.open(ERRORS) as file, self._output.faults(ERRORS):
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    end += len(line)
-                    record = json.loads(line)
-                    if record["id"] is None or record["error"]["type"] == DUPLICATE_ID:
-                        self._unowned[_unowned_key(record["line"], record["input"])] += 1
-                    else:
-                        self._completed.add(record["id"])
-        self._output.write_from(ERRORS, end, b"")
-        return end
-
 
 def _unowned_key(line: int, input: Any) -> bytes:
     return hashlib.blake2b(json.dumps([line, input]).encode(), digest_size=16).digest()
@@ -221,9 +159,3 @@ def _results_table(rows: list[DecodedRow]) -> pa.Table:
 def _steps_table(steps: list[tuple[str, GuidedStep]]) -> pa.Table:
     columns = {name: [getattr(step, name) for _, step in steps] for name in STEPS_SCHEMA.names if name != "id"}
     return pa.table({"id": [id for id, _ in steps], **columns}, schema=STEPS_SCHEMA)
-
-
-def _parquet(table: pa.Table) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()

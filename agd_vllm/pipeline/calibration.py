@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -19,7 +18,7 @@ from agd_vllm.output.storage import OutputDirectory
 from agd_vllm.output.summary import OutputUnusable
 from agd_vllm.pipeline.decoder import Decoder
 from agd_vllm.pipeline.options import DecoderOptions
-from agd_vllm.pipeline.progress import ProgressLine
+from agd_vllm.pipeline.progress import ProgressLine, say
 from agd_vllm.records import DecodedRow, InputRow, RowError
 
 ENTROPIES, PLOT, TAU = "entropy.parquet", "entropy.png", "tau.json"
@@ -56,7 +55,7 @@ def calibrate(settings: CalibrationSettings, options: DecoderOptions) -> int:
     if first is None:
         raise ValueError(f"no row can be decoded: {failures}")
     notes = Console(stderr=True)
-    notes.print(f"loading {decoder.model.path} ...", highlight=False, soft_wrap=True)
+    say(notes, f"loading {decoder.model.path} ...")
     with output.create(ENTROPIES) as file:
         table = _EntropyTable(output, file)
         _decode(decoder, itertools.chain([first], rows), table, failures, notes)
@@ -68,11 +67,11 @@ def calibrate(settings: CalibrationSettings, options: DecoderOptions) -> int:
     tau = float(np.percentile(entropies, settings.percentile))
     output.write(PLOT, _plot(entropies, settings.percentile, tau))
     result = {"percentile": settings.percentile, "tau": tau, "tokens": entropies.size}
-    output.write(TAU, json.dumps(result, indent=2).encode() + b"\n")
+    output.write_json(TAU, result)
     console = Console()
     told = f"tau {tau:.3f} nats: percentile {settings.percentile:g} of the entropies of {entropies.size:,} tokens"
-    console.print(told, highlight=False, soft_wrap=True)
-    console.print(f"output: {settings.output}", highlight=False, soft_wrap=True)
+    say(console, told)
+    say(console, f"output: {settings.output}")
     failures.print(notes)
     return failures.count
 
@@ -100,7 +99,7 @@ def _decode(
 ) -> None:
     progress = ProgressLine(notes)
     with decoder, progress:
-        notes.print(decoder.layout, highlight=False, soft_wrap=True)
+        say(notes, decoder.layout)
         for outcome in decoder.outcomes(rows):
             if isinstance(outcome, RowError):
                 failures.add(outcome)
@@ -130,11 +129,11 @@ class _Failures:
     def print(self, console: Console) -> None:
         if not self.count:
             return
-        console.print(f"{self.count} rows failed and are left out:", highlight=False)
+        say(console, f"{self.count} rows failed and are left out:")
         for line in self._first:
-            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"  {line}")
         if self.count > len(self._first):
-            console.print(f"  ... and {self.count - len(self._first):,} more", highlight=False)
+            say(console, f"  ... and {self.count - len(self._first):,} more")
 
 
 class _EntropyTable:

@@ -11,7 +11,7 @@ from agd_vllm.attribution.scorer import SCORERS as WORKER_SCORERS
 from agd_vllm.engine.channel import MAX_TOP_K
 from agd_vllm.pipeline.strategies import STRATEGIES, Agd, Cad, Greedy, InlineAgd, RandomCandidate, Strategy
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16")
 INLINE = "inline"
 SCORERS = (*WORKER_SCORERS, INLINE)
 
@@ -46,15 +46,14 @@ class DecoderOptions:
     debug: bool = False
 
     def __post_init__(self) -> None:
-        dtypes = ("auto", *DTYPES)
         checks = (
             (isinstance(self.model, str) and self.model != "", "model is missing; name a folder or a Hugging Face id"),
             (self.scorer in SCORERS, f"scorer {self.scorer!r}: choose one of {', '.join(SCORERS)}"),
             (self.rule in RULES, f"rule {self.rule!r}: choose one of {', '.join(RULES)}"),
-            (self.dtype in dtypes, f"dtype {self.dtype!r}: choose one of {', '.join(dtypes)}"),
+            (self.dtype in DTYPES, f"dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}"),
             (
-                self.attribution_dtype in (None, *dtypes),
-                f"attribution_dtype {self.attribution_dtype!r}: choose one of {', '.join(dtypes)}",
+                self.attribution_dtype in (None, *DTYPES),
+                f"attribution_dtype {self.attribution_dtype!r}: choose one of {', '.join(DTYPES)}",
             ),
             (self.strategy in STRATEGIES, f"strategy {self.strategy!r}: choose one of {', '.join(STRATEGIES)}"),
             (

@@ -15,6 +15,11 @@ from agd_vllm.records import DecodedRow, RowError
 LIVE_SECONDS, PLAIN_SECONDS = 0.25, 10.0
 
 
+def say(console: Console, line: str) -> None:
+    """A line as it is: nothing in it is markup, numbers get no colours, and in a pipe it stays one line."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 class ProgressLine:
     """Use as a context around the decoding loop; writes to stderr, so that stdout holds results only."""
 
@@ -65,7 +70,7 @@ class ProgressLine:
         if self._live:
             self._live.update(Text(line), refresh=True)
         else:
-            self._console.print(line, highlight=False)
+            say(self._console, line)
 
 
 def print_summary(console: Console, summary: dict[str, Any], output: str) -> None:
@@ -88,6 +93,6 @@ def print_summary(console: Console, summary: dict[str, Any], output: str) -> Non
     ):
         table.add_row(name, value)
     console.print(table)
-    console.print(f"output: {output}", highlight=False, soft_wrap=True)
+    say(console, f"output: {output}")
     if summary["failed"]:
-        console.print(f"failed rows, with reasons: {output.rstrip('/')}/errors.jsonl", highlight=False, soft_wrap=True)
+        say(console, f"failed rows, with reasons: {output.rstrip('/')}/errors.jsonl")

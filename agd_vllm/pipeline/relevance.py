@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from agd_vllm.models.inspect import ModelInfo, inspect_model
 from agd_vllm.output.relevance_writer import RELEVANCE, RELEVANCE_ERRORS, RelevanceWriter, TokenRelevance
 from agd_vllm.output.run_reader import RunReader
 from agd_vllm.output.summary import OutputUnusable, count_outputs, differences
+from agd_vllm.pipeline.progress import say
 from agd_vllm.pipeline.relevance_fleet import Attributed, RelevanceFleet, Task
 from agd_vllm.pipeline.versions import versions
 from agd_vllm.records import DecodedRow
@@ -48,21 +48,18 @@ class RelevanceSettings:
 def selected_steps(row: DecodedRow, max_steps: int | None) -> list[int]:
     """The steps to attribute, those first that a reader looks at first: guided steps that changed the token, then the
     other guided ones, then all the rest, each in the order of the answer."""
-    changed = [step.step for step in row.steps if step.chosen_id != step.greedy_id]
-    kept = [step.step for step in row.steps if step.chosen_id == step.greedy_id]
-    guided = {*changed, *kept}
-    rest = [step for step in range(len(row.token_ids)) if step not in guided]
-    return [*changed, *kept, *rest][:max_steps]
+    guided = [step.step for step in sorted(row.steps, key=lambda step: not step.changed)]
+    rest = set(range(len(row.token_ids))).difference(guided)
+    return [*guided, *sorted(rest)][:max_steps]
 
 
 def step_targets(row: DecodedRow, steps: list[int]) -> list[tuple[int, int]]:
     """(step, token id) to attribute: the answer's token, and beside it the greedy one where guidance changed it."""
-    greedy = {step.step: step.greedy_id for step in row.steps}
+    greedy = {step.step: step.greedy_id for step in row.steps if step.changed}
     targets = []
     for step in steps:
-        taken = row.token_ids[step]
-        targets.append((step, taken))
-        if greedy.get(step, taken) != taken:
+        targets.append((step, row.token_ids[step]))
+        if step in greedy:
             targets.append((step, greedy[step]))
     return targets
 
@@ -80,22 +77,18 @@ def attribute_run(settings: RelevanceSettings) -> int:
     _claim(run, identity)
     notes = Console(stderr=True)
     if not counts["guided_steps"]:
-        notes.print(
-            f"run {settings.run} has no guided step: the answers' tokens are attributed in their order",
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(notes, f"run {settings.run} has no guided step: the answers' tokens are attributed in their order")
     begun = time.monotonic()
     with RelevanceWriter(settings.run) as writer:
         tasks = remaining(run, settings, writer)
         first = next(tasks, None)
         if first is None:
-            notes.print("nothing left to attribute", highlight=False)
+            say(notes, "nothing left to attribute")
         else:
-            notes.print(f"loading {model.path} ...", highlight=False, soft_wrap=True)
+            say(notes, f"loading {model.path} ...")
             fleet = RelevanceFleet(model, identity["rule"], identity["dtype"], settings.workers, settings.debug)
             with fleet:
-                notes.print(fleet.layout, highlight=False, soft_wrap=True)
+                say(notes, fleet.layout)
                 rows = min(counts["decoded"], settings.limit or counts["decoded"])
                 _work_off(fleet, itertools.chain([first], tasks), writer, notes, rows)
         writer.flush()
@@ -108,7 +101,7 @@ def attribute_run(settings: RelevanceSettings) -> int:
             "max_steps": settings.max_steps,
             "versions": versions(),
         }
-        _describe(run, summary)
+        run.output.write_json(DESCRIPTION, summary)
     _print(Console(), summary, time.monotonic() - begun, run.directory)
     return summary["failed"]
 
@@ -117,17 +110,13 @@ def _claim(run: RunReader, identity: dict[str, Any]) -> None:
     """Relevance of one model, rule and dtype only in a directory. Raises OutputUnusable for that of another."""
     held = run.json(DESCRIPTION)
     if not held:
-        _describe(run, identity)
+        run.output.write_json(DESCRIPTION, identity)
     elif different := differences({name: held.get(name) for name in identity}, identity):
         place = f"{run.directory}/{RELEVANCE}"
         raise OutputUnusable(
             f"output {place} holds other relevance: {'; '.join(different)}; repeat its options, or begin anew by "
             f"removing it and {DESCRIPTION} beside it"
         )
-
-
-def _describe(run: RunReader, description: dict[str, Any]) -> None:
-    run.output.write(DESCRIPTION, json.dumps(description, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def _resolve(run: RunReader, settings: RelevanceSettings) -> tuple[ModelInfo, dict[str, Any]]:
@@ -191,7 +180,7 @@ def _work_off(fleet: RelevanceFleet, tasks: Iterator[Task], writer: RelevanceWri
             shown = now
             speed = (writer.steps - before) / (now - begun)
             line = f"{writer.rows} of {rows} rows ({writer.failed} failed), {writer.steps} steps, {speed:.1f} steps/s"
-            notes.print(line, highlight=False)
+            say(notes, line)
 
 
 def _keep(done: Attributed, writer: RelevanceWriter) -> None:
@@ -205,11 +194,11 @@ def _keep(done: Attributed, writer: RelevanceWriter) -> None:
 
 
 def _print(console: Console, summary: dict[str, Any], seconds: float, directory: str) -> None:
-    console.print(
+    say(
+        console,
         f"{summary['rows']} rows, {summary['steps']} steps, {summary['relevances']} tokens attributed "
         f"({summary['failed']} rows failed), {seconds:.1f} s",
-        highlight=False,
     )
-    console.print(f"relevance: {directory}/{RELEVANCE}", highlight=False, soft_wrap=True)
+    say(console, f"relevance: {directory}/{RELEVANCE}")
     if summary["failed"]:
-        console.print(f"failed rows, with reasons: {directory}/{RELEVANCE_ERRORS}", highlight=False, soft_wrap=True)
+        say(console, f"failed rows, with reasons: {directory}/{RELEVANCE_ERRORS}")

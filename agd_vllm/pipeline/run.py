@@ -17,7 +17,7 @@ from agd_vllm.output.summary import count_outputs, open_run, write_summary
 from agd_vllm.output.writer import RunWriter
 from agd_vllm.pipeline.decoder import Decoder
 from agd_vllm.pipeline.options import DecoderOptions
-from agd_vllm.pipeline.progress import ProgressLine, print_summary
+from agd_vllm.pipeline.progress import ProgressLine, print_summary, say
 from agd_vllm.pipeline.tally import Tally
 from agd_vllm.pipeline.versions import versions
 from agd_vllm.prompts.answers import given_answer, gives_answer
@@ -64,9 +64,9 @@ def run_dataset(settings: RunSettings, options: DecoderOptions) -> int:
                 rows = _without_answer(rows, decoder.preparer(), writer)
             first = next(rows, None)
             if first is None:
-                notes.print("nothing left to decode", highlight=False)
+                say(notes, "nothing left to decode")
             else:
-                notes.print(f"loading {decoder.model.path} ...", highlight=False, soft_wrap=True)
+                say(notes, f"loading {decoder.model.path} ...")
                 _decode(decoder, itertools.chain([first], rows), writer, progress, tally, notes)
             writer.flush()
         except BaseException:
@@ -106,7 +106,7 @@ def _without_answer(rows: Iterator[InputRow], preparer: Preparer, writer: RunWri
         try:
             writer.add(given_answer(row, preparer))
         except RowRefused as refused:
-            writer.fail(RowError(row.raw, row.line, row.id, refused.type, str(refused), row.file))
+            writer.fail(RowError.of(row, refused.type, str(refused)))
 
 
 def _decode(
@@ -118,7 +118,7 @@ def _decode(
     notes: Console,
 ) -> None:
     with decoder, progress:
-        notes.print(decoder.layout, highlight=False, soft_wrap=True)
+        say(notes, decoder.layout)
         try:
             for outcome in decoder.outcomes(rows):
                 if outcome is not None:

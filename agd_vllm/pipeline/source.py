@@ -41,7 +41,7 @@ class Source:
             try:
                 rows.append(self._preparer.prepare(item))
             except RowRefused as refused:
-                self._refused.append(_row_error(item, refused.type, str(refused)))
+                self._refused.append(RowError.of(item, refused.type, str(refused)))
             else:
                 self._in_flight[item.id] = item
         return rows
@@ -53,9 +53,5 @@ class Source:
     def outcome(self, ended: DecodedRow | RowFailed) -> DecodedRow | RowError:
         row = self._in_flight.pop(ended.id)
         if isinstance(ended, RowFailed):
-            return _row_error(row, ended.type, ended.message)
+            return RowError.of(row, ended.type, ended.message)
         return dataclasses.replace(ended, metadata=row.metadata)
-
-
-def _row_error(row: InputRow, type: str, message: str) -> RowError:
-    return RowError(input=row.raw, line=row.line, id=row.id, type=type, message=message, file=row.file)

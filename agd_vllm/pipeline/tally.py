@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from typing import Any
@@ -29,8 +28,7 @@ class Tally:
         self._earlier: dict[str, Any] = {"seconds": 0.0, "load_seconds": 0.0, "faults": {}}
         self._kept = time.monotonic()
         if TIMES in self._output.names():
-            with self._output.open(TIMES) as file, self._output.faults(TIMES):
-                self._earlier = json.load(file)
+            self._earlier = self._output.read_json(TIMES)
 
     def total(self) -> dict[str, Any]:
         """`seconds` of decoding, `load_seconds` and `faults` (counts by kind)."""
@@ -42,7 +40,7 @@ class Tally:
         }
 
     def keep(self) -> None:
-        self._output.write(TIMES, json.dumps(self.total(), indent=2).encode() + b"\n")
+        self._output.write_json(TIMES, self.total())
         self._kept = time.monotonic()
 
     def keep_if_due(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,27 +72,25 @@ def _tokenizer(reader: RunReader, settings: ReportSettings) -> Any:
 
 def _take_relevance(run: ReportedRun, ids: Collection[str]) -> None:
     """Heat maps of guided steps as far as there is room, then those of other steps."""
-    guided = {(id, step.step) for id, row in run.rows.items() for step in row.steps}
-    room, others = RELEVANCE_BYTES, []
-    for found in run.reader.relevance(ids):
-        values = encoded(found["relevance"])
-        if (found["id"], found["step"]) not in guided:
-            others.append((found["id"], found["step"], found["token_id"], values))
-        elif room >= len(values[1]):
-            room -= len(values[1])
-            _put(run, found["id"], found["step"], found["token_id"], values)
-        else:
-            run.left_out += 1
-    for id, step, token_id, values in others:
+    room = RELEVANCE_BYTES
+    for id, step, token_id, values in _guided_first(run, ids):
         if room >= len(values[1]):
             room -= len(values[1])
-            _put(run, id, step, token_id, values)
+            run.relevance.setdefault(id, {}).setdefault(step, {})[token_id] = values
         else:
             run.left_out += 1
 
 
-def _put(run: ReportedRun, id: str, step: int, token_id: int, values: list[Any]) -> None:
-    run.relevance.setdefault(id, {}).setdefault(step, {})[token_id] = values
+def _guided_first(run: ReportedRun, ids: Collection[str]) -> Iterator[tuple[str, int, int, list[Any]]]:
+    guided = {(id, step.step) for id, row in run.rows.items() for step in row.steps}
+    others = []
+    for found in run.reader.relevance(ids):
+        heat_map = found["id"], found["step"], found["token_id"], encoded(found["relevance"])
+        if heat_map[:2] in guided:
+            yield heat_map
+        else:
+            others.append(heat_map)
+    yield from others
 
 
 def _row(id: str, runs: list[ReportedRun]) -> dict[str, Any]:

@@ -22,14 +22,16 @@ def compiled(segments, rule):
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 4),
     head_dim=st.sampled_from(cached_attention.HEAD_DIMS),
-    regions=st.integers(1, 3),
+    tangents=st.integers(1, 3),
     sequences=st.lists(st.tuples(st.integers(0, 90), st.integers(1, 40)), min_size=1, max_size=4),
     window=st.none() | st.integers(1, 60),
     seed=st.integers(0, 2**16),
 )
-def test_it_attends_and_fills_the_caches_as_its_twin(rule, kv_heads, group, head_dim, regions, sequences, window, seed):
+def test_it_attends_and_fills_the_caches_as_its_twin(
+    rule, kv_heads, group, head_dim, tangents, sequences, window, seed
+):
     torch.manual_seed(seed)
-    segments, queries, keys, values = batch(rule, kv_heads, group, head_dim, regions, sequences)
+    segments, queries, keys, values = batch(rule, kv_heads, group, head_dim, tangents, sequences)
     twins = copies(segments)
     ours = compiled(segments, rule)(1, queries, keys, values, window)
     theirs = SequenceAttention(twins, RULES[rule])(1, queries, keys, values, window)

@@ -125,17 +125,6 @@ def test_any_split_into_chunks_and_batches_gives_the_same_scores(scorer, tiny_ca
         forward_scorer.release(requests[i].sequence)
 
 
-def test_several_regions_of_one_request_share_the_values(scorer, tiny_cases, tiny_oracle):
-    requests = [as_request(case) for case in tiny_cases["llama"]]
-    longest = max(requests, key=lambda request: len(request.token_ids))
-    regions = tuple(r.roi for r in requests if all(s.end <= len(longest.token_ids) for s in r.roi.spans))
-    assert len(regions) == CASES
-    (together,) = scorer("llama", "attnlrp").score_regions([fresh(longest, "together")], [regions])
-    for number, (roi, scores) in enumerate(zip(regions, together, strict=True)):
-        alone = dataclasses.replace(longest, sequence=f"alone-{number}", roi=roi)
-        assert_close([scores], scorer("llama", "attnlrp").score([alone]))
-
-
 def computed_tokens(monkeypatch, scorer: ForwardScorer) -> list[int]:
     """Tokens of each tangent pass from now on."""
     counts: list[int] = []

@@ -17,25 +17,25 @@ from agd_vllm.records import Roi, Span
 SHAPE = CacheShape(
     num_layers=2, num_kv_heads=1, head_dim=4, key_tangents=True, dtype=torch.float32, device=torch.device("cpu")
 )
-ROI = (Roi((Span(0, 4),)),)
+ROI = Roi((Span(0, 4),))
 TOKENS = [random.Random(1).randrange(100) for _ in range(5 * PREFIX_BLOCK + 3)]
 
 
-def filled(cache: TangentCache, name: str, tokens: list[int], rois=ROI) -> CachedSequence:
-    sequence = CachedSequence(SHAPE, rois, tokens=list(tokens))
+def filled(cache: TangentCache, name: str, tokens: list[int], roi=ROI) -> CachedSequence:
+    sequence = CachedSequence(SHAPE, roi, tokens=list(tokens))
     cache.add(name, sequence)
     cache.grow(sequence, len(tokens), [sequence])
     sequence.keys.fill_(len(cache)), sequence.values.fill_(len(cache))
     sequence.length = len(tokens)
-    cache.index(sequence, prefix_digests(tokens, rois))
+    cache.index(sequence, prefix_digests(tokens, roi))
     return sequence
 
 
-def shared(tokens: list[int], rois=ROI, other_tokens=TOKENS, other_rois=ROI) -> int:
+def shared(tokens: list[int], roi=ROI, other_tokens=TOKENS, other_roi=ROI) -> int:
     """Blocks of `tokens` that a sequence of `other_tokens` can give."""
     cache = TangentCache(SHAPE, 1 << 30)
-    filled(cache, "donor", other_tokens, other_rois)
-    return cache.donor(prefix_digests(tokens, rois))[1] // PREFIX_BLOCK
+    filled(cache, "donor", other_tokens, other_roi)
+    return cache.donor(prefix_digests(tokens, roi))[1] // PREFIX_BLOCK
 
 
 def test_the_longest_common_prefix_is_shared_in_whole_blocks():
@@ -46,18 +46,18 @@ def test_the_longest_common_prefix_is_shared_in_whole_blocks():
 
 @pytest.mark.parametrize("weights", [(1.0, 2.0), (-1.0, -2.0), (1.0, -1.0)])
 def test_other_region_weights_on_the_prefix_share_nothing(weights):
-    first, second = ((Roi((Span(0, 4, weight),)),) for weight in weights)
-    assert shared(TOKENS, first, other_rois=first) == 5
-    assert shared(TOKENS, second, other_rois=first) == 0
+    first, second = (Roi((Span(0, 4, weight),)) for weight in weights)
+    assert shared(TOKENS, first, other_roi=first) == 5
+    assert shared(TOKENS, second, other_roi=first) == 0
 
 
 def test_a_region_shares_what_comes_before_the_difference():
-    late = (Roi((Span(0, 4), Span(3 * PREFIX_BLOCK + 1, 3 * PREFIX_BLOCK + 2))),)
+    late = Roi((Span(0, 4), Span(3 * PREFIX_BLOCK + 1, 3 * PREFIX_BLOCK + 2)))
     assert shared(TOKENS, late) == 3
 
 
 def test_other_heads_share_nothing():
-    assert shared(TOKENS, (Roi((Span(0, 4),), ((0, 0),)),)) == 0
+    assert shared(TOKENS, Roi((Span(0, 4),), ((0, 0),))) == 0
 
 
 def test_a_released_sequence_is_a_donor_until_room_is_needed():

@@ -40,14 +40,14 @@ def assert_equal(rule, segments, queries, keys, values, window=None, tolerance=1
     kv_heads=st.integers(1, 2),
     group=st.integers(1, 4),
     head_dim=st.sampled_from([16, 64, 96]),
-    regions=st.integers(1, 2),
+    tangents=st.integers(1, 2),
     sequences=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 30)), min_size=1, max_size=3),
     window=st.none() | st.integers(1, 50),
     seed=st.integers(0, 2**16),
 )
-def test_it_equals_its_twin(rule, kv_heads, group, head_dim, regions, sequences, window, seed):
+def test_it_equals_its_twin(rule, kv_heads, group, head_dim, tangents, sequences, window, seed):
     torch.manual_seed(seed)
-    assert_equal(rule, *batch(rule, kv_heads, group, head_dim, regions, sequences), window)
+    assert_equal(rule, *batch(rule, kv_heads, group, head_dim, tangents, sequences), window)
 
 
 @settings(max_examples=4, deadline=None)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, GPT2Config, LlamaConfig
+from transformers import AutoConfig, GPT2Config
 from vllm.platforms import current_platform
 
 from agd_vllm.attribution import worker as worker_module
@@ -13,16 +13,9 @@ from agd_vllm.attribution.forward import PASS_TOKENS
 from agd_vllm.attribution.worker import AttributionSettings, AttributionWorker
 from agd_vllm.engine.engine import check_gpu
 from agd_vllm.models.gpu_memory import GIB, LEAST_CACHE_BYTES, check_room, engine_needs, weight_bytes, worker_needs
+from benchmarks.random_model import SHAPES
 
-LLAMA_8B = LlamaConfig(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    vocab_size=128256,
-    tie_word_embeddings=False,
-)
+LLAMA_8B = SHAPES["llama-3.1-8b"]
 
 
 def test_weights_are_counted_without_being_made():

@@ -25,8 +25,9 @@ from made_runs import decoded
 from tiny_tokenizers import tiny
 
 from agd_vllm.input.reader import read_rows
+from agd_vllm.output.storage import OutputFailed
 from agd_vllm.output.summary import OutputUnusable, count_outputs, open_run, write_summary
-from agd_vllm.output.writer import LOCK, OutputFailed, RunWriter
+from agd_vllm.output.writer import LOCK, RunWriter
 from agd_vllm.pipeline.source import Source
 from agd_vllm.prompts.prepare import Preparer
 from agd_vllm.records import InputRow, RowError
