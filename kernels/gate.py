@@ -7,33 +7,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import NamedTuple
 
 import torch
 
 from agd_vllm.kernels import compiled, triton_support
+from agd_vllm.kernels.gate_decision import GateDecision
 
 ROWS_PER_PASS = {"cpu": 4, "cuda": 64}
 """A few rows of a 50k to 150k vocabulary stay in a core's cache, a whole batch does not."""
 
 KERNEL_TOP_K = 64
 """The kernel of a GPU finds candidates one after another; beyond so many the twin is used."""
-
-
-class GateDecision(NamedTuple):
-    """One entry for each gated row, in their order, on the device of the logits.
-
-    `entropy` [rows] in nats and `log_sum_exp` [rows], float32; `open` [rows] bool: the gate opens. `candidate_ids`
-    (-1) and `candidate_probs` (0) [rows, top_k] by descending probability, the lower id first where they are equal;
-    the first `candidate_count` [rows] are candidates, the rest is filled up. Rows below tau have none.
-    """
-
-    entropy: torch.Tensor
-    log_sum_exp: torch.Tensor
-    open: torch.Tensor
-    candidate_ids: torch.Tensor
-    candidate_probs: torch.Tensor
-    candidate_count: torch.Tensor
 
 
 def gate(

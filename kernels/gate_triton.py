@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from agd_vllm.kernels.gate import GateDecision
+from agd_vllm.kernels.gate_decision import GateDecision
 
 TILE, TILES = 512, 16
 MEASURE_WARPS, DECIDE_WARPS = 8, 1

@@ -14,6 +14,7 @@ LEVELS = [
     ("input", "prompts"),
     ("output", "models"),
     ("attribution", "engine"),
+    ("inline",),
     ("pipeline",),
     ("evaluation", "reporting"),
     ("commands",),
@@ -21,7 +22,17 @@ LEVELS = [
     ("__main__",),
 ]
 LEVEL = {wing: level for level, wings in enumerate(LEVELS) for wing in wings}
-BESIDE = {("prompts", "input"), ("faults", "records"), ("jobs", "cli")}
+BESIDE = {("prompts", "input"), ("jobs", "cli")}
+# Inline attribution stands beside the engine and the workers: of these it knows so much.
+OF_THE_WINGS_BELOW = {
+    "inline": {
+        "agd_vllm.attribution.regions",
+        "agd_vllm.attribution.rules",
+        "agd_vllm.engine.batch_rows",
+        "agd_vllm.engine.channel",
+        "agd_vllm.engine.orphans",
+    }
+}
 
 
 def modules(checkout: Path) -> dict[str, Path]:
@@ -60,6 +71,8 @@ def faults(checkout: Path) -> list[str]:
         for target in targets:
             here, there = wing(name), wing(target)
             down = LEVEL[there] < LEVEL[here] or here == there or (here, there) in BESIDE
+            if here in OF_THE_WINGS_BELOW and there in ("attribution", "engine"):
+                down = target in OF_THE_WINGS_BELOW[here]
             if not down:
                 found.append(f"{name} imports {target}")
     try:

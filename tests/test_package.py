@@ -1,4 +1,4 @@
-"""How the package is laid out for its users: `kernels` exists as `agd_vllm.kernels` only."""
+"""How the package is laid out for its users, `kernels` as `agd_vllm.kernels` only, and on which Python it is set up."""
 
 import os
 import shutil
@@ -49,3 +49,19 @@ def test_a_wheel_holds_every_module(tmp_path):
         packed = {name for name in file.namelist() if name.endswith(SUFFIXES)}
     files = [path for suffix in SUFFIXES for path in (source / "agd_vllm").rglob(f"*{suffix}")]
     assert packed == {str(path.relative_to(source)) for path in files}
+
+
+def test_a_python_that_is_not_served_is_told_so_before_anything_is_installed(tmp_path):
+    for name in ("pyproject.toml", "requirements"):
+        (shutil.copytree if (CHECKOUT / name).is_dir() else shutil.copy)(CHECKOUT / name, tmp_path / name)
+    project = tmp_path / "pyproject.toml"
+    project.write_text(
+        project.read_text().replace('requires-python = ">=3.11,<3.13"', 'requires-python = ">=3.8,<3.10"')
+    )
+    before = set(tmp_path.rglob("*"))
+    command = [sys.executable, str(tmp_path / "requirements/set_up.py"), str(tmp_path / "venv")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    version = "{}.{}".format(*sys.version_info)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"set-up: Python {version} is not served, 3.8 or 3.9 is: PYTHON=python3.8\n"
+    assert set(tmp_path.rglob("*")) == before

@@ -12,7 +12,7 @@ import torch
 
 from agd_vllm.engine.channel import EngineStep, GateSender, Report
 from agd_vllm.engine.gate_params import GateParams
-from agd_vllm.kernels.gate import GateDecision
+from agd_vllm.kernels.gate_decision import GateDecision
 
 log = logging.getLogger("agd_vllm")
 

@@ -22,7 +22,8 @@ from agd_vllm.engine.engine import GATE_PROCESSORS
 from agd_vllm.engine.gate_params import GateParams
 from agd_vllm.engine.gate_reports import FlushedReports
 from agd_vllm.engine.orphans import ACTOR_VARIABLE
-from agd_vllm.kernels.gate import GateDecision, gate_twin
+from agd_vllm.kernels.gate import gate_twin
+from agd_vllm.kernels.gate_decision import GateDecision
 
 VOCABULARY, PAUSE = 50, 49
 CPU = torch.device("cpu")

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agd_vllm.kernels.gate import GateDecision, entropy_and_log_sum_exp, gate, gate_compiled, gate_twin
+from agd_vllm.kernels.gate import entropy_and_log_sum_exp, gate, gate_compiled, gate_twin
+from agd_vllm.kernels.gate_decision import GateDecision
 
 
 def literal(logits: torch.Tensor, tau: float, top_k: int, min_prob: float, pause: int = -1):

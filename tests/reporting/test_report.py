@@ -9,15 +9,16 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from browser import find_browser
 from command_line import fails, run
 from made_runs import made_row, write_relevance, write_run
+from playwright.sync_api import sync_playwright
 
 from agd_vllm.output.relevance_writer import RelevanceWriter, TokenRelevance
 from agd_vllm.prompts.tokenizer import load_tokenizer
 from agd_vllm.reporting.report import ReportSettings, write_report
 from agd_vllm.reporting.rows import differences, natural_order
 
-CHROMIUM = "/usr/bin/chromium"
 ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 ARGUMENTS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
@@ -53,16 +54,11 @@ def run_directory(smollm2, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        sync_playwright = None
-    if sync_playwright is None or not Path(CHROMIUM).exists():
-        pytest.fail(
-            f"no browser: {CHROMIUM} (apt-get install chromium) and the package playwright are needed", pytrace=False
-        )
+    path = find_browser()
+    if path is None:
+        pytest.fail("no browser: `make browser` brings one", pytrace=False)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield browser
         browser.close()
 
