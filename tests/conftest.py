@@ -95,7 +95,7 @@ def last_candidate(gate: Gate) -> list[float]:
 class EngineThread:
     """An Engine in an event loop of its own, as in a replica."""
 
-    def __init__(self, model: Path, processors: tuple[str, ...] = (), **engine_args: Any):
+    def __init__(self, model: Path, processors: tuple[str, ...] = (), plain: bool = False, **engine_args: Any):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from agd_vllm.engine.engine import Engine, EngineSettings, GateSettings
         from agd_vllm.models.inspect import inspect_model
@@ -104,7 +104,11 @@ class EngineThread:
         self.info, self.tokenizer = inspect_model(str(model), pauses=True)
         args = {key: value for key, value in (ENGINE_ARGS | engine_args).items() if value is not None}
         settings = EngineSettings(
-            dtype="float32", max_model_len=args.pop("max_model_len"), engine_args=args, processors=processors
+            dtype="float32",
+            max_model_len=args.pop("max_model_len"),
+            engine_args=args,
+            processors=processors,
+            plain=plain,
         )
         self.engine = Engine(self.info, settings, GateSettings(), Tracer(False))
         self._loop = asyncio.new_event_loop()

@@ -1,0 +1,91 @@
+"""Rows decoded with inline attribution by an engine of one process, in float32: decode.py < JOB.json
+
+A job has a model, engine_args, an output, and `runs` one after another on one engine: rows and tau, and whether reports
+are `dropped`. Each answers with its rows, faults, and how often vLLM preempted and took tokens from its prefix cache.
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parent.parent))
+from conftest import EngineThread
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from agd_vllm.engine.channel import GateSender
+from agd_vllm.engine.stepped import SteppedLLM
+from agd_vllm.inline import engine_args
+from agd_vllm.inline.arguments import PROCESSOR_V1
+from agd_vllm.pipeline.strategies import InlineAgd
+from agd_vllm.records import DecodedRow, PreparedRow, Roi, Span
+
+COUNTS: Counter[str] = Counter()
+
+
+def spy() -> None:
+    """Counts what vLLM does on its way, and drops reports where that is asked for."""
+    put, preempt, send = SteppedLLM._put, Scheduler._preempt_request, GateSender._send
+
+    def counted_put(self, request_id, output):
+        COUNTS["cached_tokens"] += getattr(output, "finished", False) and (output.num_cached_tokens or 0)
+        put(self, request_id, output)
+
+    def counted_preempt(self, *args, **kwargs):
+        COUNTS["preemptions"] += 1
+        return preempt(self, *args, **kwargs)
+
+    def dropping_send(self, datagram):
+        if datagram.samples and COUNTS["to_drop"]:
+            COUNTS["to_drop"] -= 1
+        else:
+            send(self, datagram)
+
+    SteppedLLM._put, Scheduler._preempt_request, GateSender._send = counted_put, counted_preempt, dropping_send
+
+
+def prepared(row: dict[str, Any]) -> PreparedRow:
+    roi = Roi(tuple(Span(*span) for span in row.pop("spans")), tuple(map(tuple, row.pop("heads"))))
+    return PreparedRow(roi=roi, **row | {key: tuple(row[key]) for key in ("stop", "stop_token_ids")})
+
+
+def as_json(row: PreparedRow) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "prompt_token_ids": row.prompt_token_ids,
+        "spans": [[span.start, span.end, span.weight] for span in row.roi.spans],
+        "heads": row.roi.heads,
+        "max_tokens": row.max_tokens,
+        "min_tokens": row.min_tokens,
+        "stop": row.stop,
+        "stop_token_ids": row.stop_token_ids,
+    }
+
+
+def outcome(row: DecodedRow | Exception) -> dict[str, Any]:
+    if isinstance(row, Exception):
+        return {"error": repr(row)}
+    steps = [[s.step, s.candidate_ids, s.chosen_id, s.entropy, s.candidate_probs, s.scores] for s in row.steps]
+    return {"token_ids": row.token_ids, "text": row.text, "finish_reason": row.finish_reason, "steps": steps}
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    spy()
+    args = engine_args(job["model"], job.get("rule", "attnlrp"))
+    args = {key: args[key] for key in ("model_class_overrides", "additional_config", "max_num_batched_tokens")}
+    engine = EngineThread(Path(job["model"]), (PROCESSOR_V1,), plain=True, **args | job["engine_args"])
+    results = []
+    for run in job["runs"]:
+        COUNTS.clear()
+        COUNTS["to_drop"] = run.get("dropped", 0)
+        strategy = InlineAgd(job.get("rule", "attnlrp"), run["tau"], 5, 0.05)
+        rows = engine.decode([prepared(row) for row in run["rows"]], strategy=strategy)
+        results.append({"rows": list(map(outcome, rows)), "faults": dict(engine.faults.counts), **COUNTS})
+    Path(job["output"]).write_text(json.dumps(results))
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Real vLLM with inline attribution against real vLLM with pauses and the forward scorer: the same tokens, the same
+guided steps, the same scores. Float32 throughout."""
+
+import asyncio
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CHECKOUT, ENGINE_ARGS, EngineThread, prepared_demo_rows
+
+from agd_vllm.attribution.forward import ForwardScorer
+from agd_vllm.records import PreparedRow, Roi, ScoreRequest, Span
+
+sys.path.append(str(Path(__file__).parent))
+
+TOKENS = 24
+# A cache of some hundred tokens and prompts in chunks: rows are preempted and computed again.
+TIGHT = {"max_num_batched_tokens": 64, "block_size": 32, "num_gpu_blocks_override": 17, "kv_cache_memory_bytes": None}
+
+
+class InProcess:
+    """The forward scorer in the pool's place."""
+
+    def __init__(self, model: Path):
+        self._scorer = ForwardScorer(str(model))
+
+    async def score(self, sequence, token_ids, roi, gate):
+        await asyncio.sleep(0)
+        return self._scorer.score([ScoreRequest(sequence, 0, token_ids, roi, gate.candidate_ids)])[0]
+
+    def prefill(self, sequence, token_ids, roi):
+        pass
+
+    def release(self, sequence):
+        self._scorer.release(sequence)
+
+
+def renamed(row: PreparedRow, name: str, **changes: Any) -> PreparedRow:
+    return dataclasses.replace(row, id=f"{row.id}-{name}", **changes)
+
+
+@pytest.fixture(scope="module")
+def rows(smollm2) -> list[PreparedRow]:
+    """Regions of every kind, side by side with rows that have none."""
+    plain = prepared_demo_rows(smollm2, 4, TOKENS)
+    made = list(plain)
+    for row in plain[:2]:
+        (first, *_) = row.roi.spans
+        away = Span(first.start, (first.start + first.end) // 2, -0.6)
+        made.append(renamed(row, "away", roi=Roi((*row.roi.spans, away))))
+        made.append(renamed(row, "heads", roi=Roi(row.roi.spans, ((3, 1), (3, 4), (17, 8)))))
+        made.append(renamed(row, "only-heads", roi=Roi((), ((0, 0), (11, 5)))))
+        made.append(renamed(row, "unguided", roi=Roi()))
+    made.append(renamed(plain[0], "stop", stop=(" the", " a")))
+    made.append(renamed(plain[1], "late", stop=(" the",), min_tokens=12))
+    made.append(renamed(plain[2], "token", stop_token_ids=(28, 30, 29)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2, rows):
+    """Rows decoded with pauses, by tau."""
+    from inline.decode import outcome
+
+    engine, scorer = EngineThread(smollm2), InProcess(smollm2)
+    try:
+        found = {tau: list(map(outcome, engine.decode(rows, scorer, tau=tau))) for tau in (0.0, 1.734)}
+    finally:
+        engine.close()
+    return found
+
+
+def decode(model: Path, folder: Path, runs: list[dict[str, Any]], **engine_args: Any) -> list[dict[str, Any]]:
+    from inline.decode import as_json
+
+    job = {
+        "model": str(model),
+        "engine_args": ENGINE_ARGS | engine_args,
+        "output": str(folder / "runs.json"),
+        "runs": [run | {"rows": list(map(as_json, run["rows"]))} for run in runs],
+    }
+    command = [sys.executable, str(CHECKOUT / "tests/inline/decode.py")]
+    done = subprocess.run(command, input=json.dumps(job), text=True, capture_output=True, timeout=580)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "runs.json").read_text())
+
+
+def assert_same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert "error" not in one, one
+        assert (one["token_ids"], one["text"], one["finish_reason"]) == (
+            other["token_ids"],
+            other["text"],
+            other["finish_reason"],
+        )
+        for (*step, entropy, probs, scores), (*its_step, its_entropy, its_probs, its_scores) in zip(
+            one["steps"], other["steps"], strict=True
+        ):
+            assert step == its_step
+            assert entropy == pytest.approx(its_entropy, rel=1e-4)
+            assert probs == pytest.approx(its_probs, rel=1e-3)
+            assert scores == pytest.approx(its_scores, abs=1e-4 * max(map(abs, its_scores)))
+
+
+@pytest.fixture(scope="module")
+def runs(smollm2, rows, tmp_path_factory):
+    """On one engine: both taus, the same rows again, and a run whose first reports are lost."""
+    asked = [{"rows": rows, "tau": tau} for tau in (1.734, 0.0)]
+    asked.append({"rows": [renamed(row, "again") for row in rows], "tau": 1.734})
+    asked.append({"rows": [renamed(row, "lost") for row in rows], "tau": 1.734, "dropped": 1})
+    return decode(smollm2, tmp_path_factory.mktemp("inline"), asked)
+
+
+def test_tokens_steps_and_scores_are_those_of_the_workers(runs, expected):
+    assert sum(len(row["steps"]) for row in expected[1.734]) > 60
+    assert_same(runs[0]["rows"], expected[1.734])
+    assert not runs[0]["faults"]
+
+
+def test_so_they_are_where_every_step_is_guided(runs, expected):
+    assert sum(len(row["steps"]) for row in expected[0.0]) > sum(len(row["steps"]) for row in expected[1.734])
+    assert_same(runs[1]["rows"], expected[0.0])
+
+
+def test_rows_from_the_prefix_cache_are_the_same(runs, expected):
+    assert runs[2].get("cached_tokens", 0) > 0
+    assert_same(runs[2]["rows"], expected[1.734])
+
+
+def test_rows_whose_report_was_lost_are_decoded_again(runs, expected):
+    assert runs[3]["faults"]["reports_lost"] >= 1
+    assert_same(runs[3]["rows"], expected[1.734])
+
+
+def test_chunks_and_preemptions_change_nothing(smollm2, rows, expected, tmp_path):
+    (run,) = decode(smollm2, tmp_path, [{"rows": rows, "tau": 1.734}], max_model_len=512, **TIGHT)
+    assert run["preemptions"] > 0
+    assert_same(run["rows"], expected[1.734])
