@@ -49,7 +49,7 @@ def main(model, input_path, limit, max_tokens, dtype, runs, output):
     ):
         for turn in range(runs + 1):
             for engine, known in zip((within, own), speeds.values(), strict=True):
-                tokens, seconds = engine.generate(job)
+                tokens, seconds, _ = engine.generate(job)
                 if turn:
                     known.append(tokens / seconds)
     write_comparison(output, "in_process_over_own", speeds, rows=len(job), max_tokens=max_tokens, dtype=dtype)

@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -80,6 +82,23 @@ def score_all(scorer: Scorer, steps: Iterable[Step], name: str) -> list[list[flo
     return scores
 
 
+def score_inline(model: str, rule: str, dtype: str, steps: Sequence[Step]) -> list[list[float]]:
+    """Scores of every step by vLLM's model class with tangents, its rows growing from step to step side by side. In a
+    process of its own: vLLM takes the threads of a process over."""
+    job = {
+        "model": model,
+        "rule": rule,
+        "dtype": dtype,
+        "steps": [
+            [step.row, step.tokens, [[s.start, s.end, s.weight] for s in step.roi.spans], step.candidates]
+            for step in steps
+        ],
+    }
+    command = [sys.executable, "-m", "benchmarks.inline_scores"]
+    done = subprocess.run(command, input=json.dumps(job), text=True, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def compare(scores: Sequence[list[float]], oracle: Sequence[list[float]]) -> dict[str, Any]:
     """Relative errors of `scores` and how often they choose as `oracle` does.
 
@@ -133,11 +152,12 @@ def random_models_conservation(rule: str) -> list[dict[str, Any]]:
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--model", required=True)
 @click.option("--rule", type=click.Choice(RULES), default="attnlrp", show_default=True)
+@click.option("--scorer", type=click.Choice(["inline"]), help="Measured beside the workers' forward mode.")
 @click.option("--max-steps", type=int, default=600, show_default=True, help="Spread evenly over the run's steps.")
 @click.option("--max-context", type=int, default=1024, show_default=True)
 @click.option("--conservation-steps", type=int, default=100, show_default=True)
 @click.option("--json", "output", required=True)
-def main(run, model, rule, max_steps, max_context, conservation_steps, output):
+def main(run, model, rule, scorer, max_steps, max_context, conservation_steps, output):
     logging.disable_progress_bar()
     steps = spread(read_steps(run, max_context), max_steps)
     if not steps:
@@ -146,6 +166,7 @@ def main(run, model, rule, max_steps, max_context, conservation_steps, output):
     oracle = score_all(reference, steps, "lxt")
     float32 = score_all(ForwardScorer(model, rule=rule), steps, "forward float32")
     bfloat16 = score_all(ForwardScorer(model, rule=rule, dtype="bfloat16"), steps, "forward bfloat16")
+    inline = {dtype: score_inline(model, rule, dtype, steps) for dtype in ("float32", "bfloat16")} if scorer else {}
     explained = [
         reference.relevance(step.tokens, [(len(step.tokens) - 1, step.chosen)])[0]
         for step in spread(steps, conservation_steps)
@@ -160,10 +181,12 @@ def main(run, model, rule, max_steps, max_context, conservation_steps, output):
         "context_tokens": {"min": min(contexts), "median": statistics.median(contexts), "max": max(contexts)},
         "float32_against_lxt": compare(float32, oracle),
         "bfloat16_against_float32": compare(bfloat16, float32),
+        **({"inline_float32_against_lxt": compare(inline["float32"], oracle)} if inline else {}),
+        **({"inline_bfloat16_against_float32": compare(inline["bfloat16"], inline["float32"])} if inline else {}),
         "conservation": [of_run | conservation(explained), *random_models_conservation(rule)],
     }
     write_result(output, result)
-    click.echo(json.dumps({key: result[key] for key in list(result)[:7]}, indent=2))
+    click.echo(json.dumps({key: value for key, value in result.items() if key != "conservation"}, indent=2))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def main(model, input_path, limit, max_tokens, rounds, dtype, eager, output):
             begun = time.perf_counter()
             decoded = [row for row in decoder.outcomes(rows) if isinstance(row, DecodedRow)]
             seconds = time.perf_counter() - begun
-            tokens, plain_seconds = plain.generate(
+            tokens, plain_seconds, _ = plain.generate(
                 [(row.prompt_token_ids, {"max_tokens": len(row.token_ids)}) for row in decoded]
             )
             if turn:  # the first turn warms both up

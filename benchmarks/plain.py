@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import select
+import threading
 import time
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -13,6 +15,12 @@ from typing import Any
 import psutil
 import torch
 
+from agd_vllm.engine.channel import GateReceiver
+
+# The extra argument of inline attribution (agd_vllm.inline.params, which imports vLLM).
+INLINE = "agd_inline"
+# What was reported last is taken by then.
+REPORTS_S = 0.1
 SHUTDOWN_S = 20
 # vLLM's worker spins for a second or two after its last step; whoever has the next turn on its core waits that long.
 REST_S = 3.0
@@ -21,6 +29,7 @@ REST_S = 3.0
 GPU_MEMORY_UTILIZATION = 0.3
 
 Job = list[tuple[list[int], dict[str, Any]]]
+"""Prompt token ids and sampling parameters; `cache_salt` among these is the prompt's."""
 
 
 def side_by_side(cache_bytes: int) -> dict[str, Any]:
@@ -33,7 +42,8 @@ def side_by_side(cache_bytes: int) -> dict[str, Any]:
 
 class PlainVLLM:
     """Greedy decoding by vLLM alone. `cores` (CPU only): those that its threads run on, None leaves it to vLLM.
-    `own_process`: whether its engine has a process of its own, as by default, or is stepped by the caller's.
+    `own_process`: whether its engine has a process of its own, as by default, or is stepped by the caller's, which is
+    faster on a CPU.
     """
 
     def __init__(self, model: str, cores: list[int] | None = None, own_process: bool = True, **engine_args: Any):
@@ -45,8 +55,8 @@ class PlainVLLM:
         if self._connection.recv() != "ready":
             raise RuntimeError("plain vLLM did not start")
 
-    def generate(self, job: Job) -> tuple[int, float]:
-        """Tokens and seconds of a list of (prompt token ids, sampling parameters). Rests before and after."""
+    def generate(self, job: Job) -> tuple[int, float, int]:
+        """Tokens, seconds and guided steps of a job. Rests before and after."""
         time.sleep(REST_S)
         self._connection.send(job)
         answer = self._connection.recv()
@@ -66,6 +76,32 @@ class PlainVLLM:
                 process.kill()
 
 
+class _Listener:
+    """Takes what inline attribution reports of rows with a key, so that it costs what it costs in a run."""
+
+    def __init__(self):
+        self._receiver = GateReceiver(lambda step: None)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while select.select([self._receiver.fileno()], [], []):
+            self._receiver.drain()
+
+    def follow(self, params: list[dict[str, Any]]) -> list[int]:
+        keys = [inline["key"] for each in params if (inline := each.get("extra_args", {}).get(INLINE))]
+        for key in keys:
+            self._receiver.follow(key)
+        return keys
+
+    def guided(self, keys: list[int], outputs: list[list[int]]) -> int:
+        """Guided steps of the rows of these keys."""
+        time.sleep(REPORTS_S)
+        steps = sum(len(self._receiver.guided_steps(key, ids)) for key, ids in zip(keys, outputs, strict=bool(keys)))
+        for key in keys:
+            self._receiver.forget(key)
+        return steps
+
+
 def _serve(
     connection: Connection, model: str, cores: list[int] | None, own_process: bool, engine_args: dict[str, Any]
 ) -> None:
@@ -75,13 +111,20 @@ def _serve(
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
+    listener = _Listener()
     llm = LLM(model, disable_log_stats=True, **engine_args)
     connection.send("ready")
     while (job := connection.recv()) is not None:
+        keys = listener.follow([given for _, given in job])
+        salts = [given.pop("cache_salt", None) for _, given in job]
         prompts = [TokensPrompt(prompt_token_ids=ids) for ids, _ in job]
+        for prompt, salt in zip(prompts, salts, strict=True):
+            if salt:
+                prompt["cache_salt"] = salt
         params = [SamplingParams(temperature=0.0, **given) for _, given in job]
         begun = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - begun
-        connection.send((sum(len(output.outputs[0].token_ids) for output in outputs), seconds))
+        ids = [list(output.outputs[0].token_ids) for output in outputs]
+        connection.send((sum(map(len, ids)), seconds, listener.guided(keys, ids)))
     llm.llm_engine.engine_core.shutdown()

@@ -2,9 +2,10 @@
 
     python -m benchmarks.throughput --model M --input X --limit 32 --max-tokens 128 --json OUT.json
 
-`greedy`: `vllm.LLM` on all cores (or `--greedy-cores` of them) with its own best settings. `agd`: this project with its
-defaults. They are loaded side by side and take turns, so that a change in the machine's speed meets both; medians of
-`--runs` turns after a warm-up. Every turn has `--limit` rows of its own, the same for both: no cache has seen them.
+`greedy`: `vllm.LLM` on all cores (or `--greedy-cores` of them) with its own best settings, on a CPU stepped by its own
+process. `agd`: this project with its defaults, and with `--scorer inline` `inline` beside it. They are loaded side by
+side and take turns, so that a change in the machine's speed meets all; medians of `--runs` turns after a warm-up. Every
+turn has `--limit` rows of its own, the same for all: no cache has seen them.
 `paper`: the paper's loop (benchmarks/paper.py) once and before the others, whose memory it may need, on as many rows of
 one more turn as end within `--paper-seconds`; AGD's own figure for the ratio is taken on those same rows, which it has
 not seen either.
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -112,6 +114,9 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
 @click.option("--runs", type=int, default=3, show_default=True)
 @click.option("--paper-seconds", type=float, default=300, show_default=True, help="0 leaves the paper's loop out.")
 @click.option("--greedy-cores", type=int, help="Cores of plain vLLM on a machine without GPUs [default: all].")
+@click.option(
+    "--scorer", type=click.Choice(["forward", "inline"]), default="forward", help="inline: measured beside the pool."
+)
 @click.option("--engines", type=int, default=1, show_default=True)
 @click.option("--attribution-workers", type=int, default=1, show_default=True)
 @click.option("--eager", is_flag=True, help="Without compilation, for both engines.")
@@ -127,6 +132,7 @@ def main(
     runs,
     paper_seconds,
     greedy_cores,
+    scorer,
     eager,
     output,
     **decoder_options,
@@ -140,20 +146,29 @@ def main(
     greedy_args = shared | side_by_side(CACHE_BYTES[device])
     agd_args = greedy_args if device == "cuda" else shared
     cores = sorted(os.sched_getaffinity(0))[:greedy_cores] if device == "cpu" else None
-    greedy_runs, agd_runs, paper_runs = [], [], []
-    decoder = Decoder(model, tau=tau, dtype=dtype, max_model_len=MAX_MODEL_LEN, engine_args=agd_args, **decoder_options)
+    greedy_runs, agd_runs, inline_runs, paper_runs = [], [], [], []
+    common = {"tau": tau, "dtype": dtype, "max_model_len": MAX_MODEL_LEN}
+    decoder = Decoder(model, engine_args=agd_args, **common, **decoder_options)
+    beside = Decoder(model, scorer="inline", engines=decoder_options["engines"], **common)
     if paper_seconds:
         paper_runs = run_paper(decoder, papers, dtype, paper_seconds)
         if not paper_runs:
             raise click.ClickException("the paper's loop ended no row in time; raise --paper-seconds")
-    with PlainVLLM(model, cores, dtype=dtype, max_model_len=MAX_MODEL_LEN, **greedy_args) as plain, decoder:
+    own_process = device == "cuda"
+    with (
+        PlainVLLM(model, cores, own_process, dtype=dtype, max_model_len=MAX_MODEL_LEN, **greedy_args) as plain,
+        decoder,
+        beside if scorer == "inline" else nullcontext(),
+    ):
         for turn, rows in enumerate(turns):
             decoded, agd = decode(decoder, rows, plain)
             job = [(row.prompt_token_ids, {"max_tokens": max_tokens}) for row in decoded]
-            tokens, seconds = plain.generate(job)
-            if turn:  # the first turn warms both up
+            tokens, seconds, _ = plain.generate(job)
+            inline = decode(beside, rows, plain)[1] if scorer == "inline" else None
+            if turn:  # the first turn warms all up
                 agd_runs.append(agd)
                 greedy_runs.append({"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds})
+                inline_runs.append(inline)
         if paper_runs:
             _, agd_there = decode(decoder, papers[: len(paper_runs)], plain)
     agd, greedy = medians(agd_runs), medians(greedy_runs)
@@ -166,6 +181,12 @@ def main(
         "greedy_cores": cores and len(cores),
         "runs": {"greedy": greedy_runs, "agd": agd_runs, "paper": paper_runs},
     }
+    if scorer == "inline":
+        inline = medians(inline_runs)
+        result["tokens_per_second"]["inline"] = inline["tokens_per_second"]
+        result["inline_over_greedy"] = inline["tokens_per_second"] / greedy["tokens_per_second"]
+        result["inline_guided_share"] = inline["guided_share"]
+        result["runs"]["inline"] = inline_runs
     if paper_runs:
         paper = sum(run["tokens"] for run in paper_runs) / sum(run["seconds"] for run in paper_runs)
         there = agd_there["tokens_per_second"]
@@ -177,6 +198,7 @@ def main(
     shown = (
         "tokens_per_second",
         "agd_over_greedy",
+        "inline_over_greedy",
         "agd_over_paper",
         "guided_share",
         "idle_share",
