@@ -3,9 +3,9 @@
     python -m benchmarks.inline --model M --input X --json OUT.json
 
 At each point (`--rows`, `--new` and `--prompt`, a point a place) that many rows are decoded to so many tokens, EOS
-ignored, with `--prompt` random tokens put before each row's own prompt; its region stays its own. Greedy has vLLM's best
-settings on this machine. Both take turns after a warm-up of the same shape; medians of `--runs` turns. A turn is run to
-its first token, too: prompts are what that takes, decoding is the rest. No token comes from a cache.
+ignored, with `--prompt` random tokens put before each row's own prompt; its region stays its own. Greedy has vLLM's
+best settings on this machine. Both take turns after a warm-up of the same shape; medians of `--runs` turns. A turn is
+run to its first token, too: prompts are what that takes, decoding is the rest. No token comes from a cache.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Scores of a run's steps by inline attribution, for benchmarks.faithfulness: a job on standard input, its scores as the
-last line of output."""
+"""Scores of a run's steps by inline attribution, for benchmarks.faithfulness: a job on standard input, its scores as
+the last line of output."""
 
 from __future__ import annotations
 

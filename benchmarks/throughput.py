@@ -149,7 +149,9 @@ def main(
     greedy_runs, agd_runs, inline_runs, paper_runs = [], [], [], []
     common = {"tau": tau, "dtype": dtype, "max_model_len": MAX_MODEL_LEN}
     decoder = Decoder(model, engine_args=agd_args, **common, **decoder_options)
-    beside = Decoder(model, scorer="inline", engines=decoder_options["engines"], **common)
+    beside = None
+    if scorer == "inline":
+        beside = Decoder(model, scorer="inline", engines=decoder_options["engines"], **common)
     if paper_seconds:
         paper_runs = run_paper(decoder, papers, dtype, paper_seconds)
         if not paper_runs:
@@ -158,13 +160,13 @@ def main(
     with (
         PlainVLLM(model, cores, own_process, dtype=dtype, max_model_len=MAX_MODEL_LEN, **greedy_args) as plain,
         decoder,
-        beside if scorer == "inline" else nullcontext(),
+        beside or nullcontext(),
     ):
         for turn, rows in enumerate(turns):
             decoded, agd = decode(decoder, rows, plain)
             job = [(row.prompt_token_ids, {"max_tokens": max_tokens}) for row in decoded]
             tokens, seconds, _ = plain.generate(job)
-            inline = decode(beside, rows, plain)[1] if scorer == "inline" else None
+            inline = decode(beside, rows, plain)[1] if beside else None
             if turn:  # the first turn warms all up
                 agd_runs.append(agd)
                 greedy_runs.append({"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds})
@@ -181,7 +183,7 @@ def main(
         "greedy_cores": cores and len(cores),
         "runs": {"greedy": greedy_runs, "agd": agd_runs, "paper": paper_runs},
     }
-    if scorer == "inline":
+    if beside:
         inline = medians(inline_runs)
         result["tokens_per_second"]["inline"] = inline["tokens_per_second"]
         result["inline_over_greedy"] = inline["tokens_per_second"] / greedy["tokens_per_second"]

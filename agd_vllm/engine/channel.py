@@ -101,7 +101,7 @@ def _datagrams(reports: list[Any], candidates: Callable[[Any], int]) -> Iterator
     fitting, size = [], 0
     for report in reports:
         more = REPORT_BYTES + CANDIDATE_BYTES * candidates(report)
-        if size + more > MAX_DATAGRAM // 2:
+        if fitting and size + more > MAX_DATAGRAM // 2:
             yield fitting
             fitting, size = [], 0
         fitting.append(report)

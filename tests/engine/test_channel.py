@@ -7,7 +7,7 @@ import time
 import pytest
 
 from agd_vllm.engine import channel
-from agd_vllm.engine.channel import MAX_TOP_K, EngineStep, GateReceiver, GateSender
+from agd_vllm.engine.channel import MAX_TOP_K, EngineStep, GateReceiver, GateSender, ReportsLost
 
 
 @pytest.fixture
@@ -116,3 +116,47 @@ def test_entropies_of_many_rows_fit(receiver):
     while sending.is_alive() and time.monotonic() < deadline:
         receiver.drain()
     assert [receiver.entropies(key, range(2**31, 2**31 + 1)) for key in rows] == [[0.1]] * 5000
+
+
+GUIDED = (2.0, [5, 9], [0.5, 0.25], [0.1, 0.9])
+
+
+def followed(receiver, *samples):
+    receiver.follow(1)
+    sender = GateSender(receiver.path)
+    for sample in samples:
+        sender.send_samples([sample])
+    return receiver
+
+
+def test_every_sample_of_a_followed_row_is_known_and_guided_ones_are_its_steps(receiver):
+    followed(receiver, (1, 0, None), (1, 1, GUIDED), (2, 0, GUIDED))
+    (step,) = receiver.guided_steps(1, [4, 9])
+    assert (step.step, step.chosen_id, step.greedy_id, step.scores) == (1, 9, 5, [0.1, 0.9])
+    receiver.forget(1)
+
+
+@pytest.mark.parametrize(
+    ("samples", "tokens"),
+    [
+        ([(1, 0, None), (1, 2, GUIDED)], [4, 4, 9]),  # one in the middle is missing
+        ([(1, 0, None)], [4, 9]),  # the last one is
+        ([(1, 0, GUIDED)], [5]),  # another token was sampled
+    ],
+)
+def test_a_row_whose_reports_are_not_complete_is_told(receiver, samples, tokens):
+    followed(receiver, *samples)
+    with pytest.raises(ReportsLost):
+        receiver.guided_steps(1, tokens)
+
+
+def test_a_sample_computed_again_neither_adds_nor_replaces_a_step(receiver):
+    again = (1.0, [9, 5], [0.5, 0.25], [0.3, 0.2])
+    followed(receiver, (1, 0, GUIDED), (1, 0, again), (1, 1, None), (1, 0, None))
+    (step,) = receiver.guided_steps(1, [9, 4])
+    assert step.scores == GUIDED[3]
+
+
+def test_steps_past_a_stop_string_are_left_out(receiver):
+    followed(receiver, (1, 0, None), (1, 1, GUIDED))
+    assert receiver.guided_steps(1, [4]) == []
