@@ -84,7 +84,11 @@ def decode(model: Path, folder: Path, runs: list[dict[str, Any]], **engine_args:
         "runs": [run | {"rows": list(map(as_json, run["rows"]))} for run in runs],
     }
     command = [sys.executable, str(CHECKOUT / "tests/inline/decode.py")]
-    done = subprocess.run(command, input=json.dumps(job), text=True, capture_output=True, timeout=580)
+    # One thread: another test's engine has the other core, and two threads on one wait for each other.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, input=json.dumps(job), env=environment, text=True, capture_output=True, timeout=580
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "runs.json").read_text())
 
