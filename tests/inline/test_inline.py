@@ -4,6 +4,7 @@ guided steps, the same scores. Float32 throughout."""
 import asyncio
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,21 +45,36 @@ def renamed(row: PreparedRow, name: str, **changes: Any) -> PreparedRow:
 
 
 @pytest.fixture(scope="module")
-def rows(smollm2) -> list[PreparedRow]:
-    """Regions of every kind, side by side with rows that have none."""
+def groups(smollm2) -> dict[str, list[PreparedRow]]:
+    """Rows as they are; their system prompts, which are the regions, with another row's user message; the same prompts
+    under other regions or none; and other ends."""
     plain = prepared_demo_rows(smollm2, 4, TOKENS)
-    made = list(plain)
+    ends = [max(span.end for span in row.roi.spans) for row in plain]
+    others = [
+        renamed(row, "user", prompt_token_ids=row.prompt_token_ids[:end] + other.prompt_token_ids[its_end:])
+        for (row, end), (other, its_end) in zip(
+            zip(plain, ends, strict=True), zip(plain[1:] + plain[:1], ends[1:] + ends[:1], strict=True), strict=True
+        )
+    ]
+    regions = []
     for row in plain[:2]:
         (first, *_) = row.roi.spans
         away = Span(first.start, (first.start + first.end) // 2, -0.6)
-        made.append(renamed(row, "away", roi=Roi((*row.roi.spans, away))))
-        made.append(renamed(row, "heads", roi=Roi(row.roi.spans, ((3, 1), (3, 4), (17, 8)))))
-        made.append(renamed(row, "only-heads", roi=Roi((), ((0, 0), (11, 5)))))
-        made.append(renamed(row, "unguided", roi=Roi()))
-    made.append(renamed(plain[0], "stop", stop=(" the", " a")))
-    made.append(renamed(plain[1], "late", stop=(" the",), min_tokens=12))
-    made.append(renamed(plain[2], "token", stop_token_ids=(28, 30, 29)))
-    return made
+        regions.append(renamed(row, "away", roi=Roi((*row.roi.spans, away))))
+        regions.append(renamed(row, "heads", roi=Roi(row.roi.spans, ((3, 1), (3, 4), (17, 8)))))
+        regions.append(renamed(row, "only-heads", roi=Roi((), ((0, 0), (11, 5)))))
+        regions.append(renamed(row, "unguided", roi=Roi()))
+    stops = [
+        renamed(plain[0], "stop", stop=(" the", " a")),
+        renamed(plain[1], "late", stop=(" the",), min_tokens=12),
+        renamed(plain[2], "token", stop_token_ids=(28, 30, 29)),
+    ]
+    return {"plain": plain, "users": others, "regions": regions, "stops": stops}
+
+
+@pytest.fixture(scope="module")
+def rows(groups) -> list[PreparedRow]:
+    return [row for group in groups.values() for row in group]
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +102,7 @@ def decode(model: Path, folder: Path, runs: list[dict[str, Any]], **engine_args:
     command = [sys.executable, str(CHECKOUT / "tests/inline/decode.py")]
     # One thread: another test's engine has the other core, and two threads on one wait for each other.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, input=json.dumps(job), env=environment, text=True, capture_output=True, timeout=580
-    )
+    done = subprocess.run(command, input=json.dumps(job), env=environment, text=True, capture_output=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "runs.json").read_text())
 
@@ -111,33 +125,46 @@ def assert_same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> Non
 
 
 @pytest.fixture(scope="module")
-def runs(smollm2, rows, tmp_path_factory):
-    """On one engine: both taus, the same rows again, and a run whose first reports are lost."""
-    asked = [{"rows": rows, "tau": tau} for tau in (1.734, 0.0)]
-    asked.append({"rows": [renamed(row, "again") for row in rows], "tau": 1.734})
-    asked.append({"rows": [renamed(row, "lost") for row in rows], "tau": 1.734, "dropped": 1})
-    return decode(smollm2, tmp_path_factory.mktemp("inline"), asked)
+def runs(smollm2, groups, rows, tmp_path_factory):
+    """On one engine, whose prefix cache keeps what was decoded before: group by group, then all together under both
+    taus, and a run whose first report is lost."""
+    asked = [{"rows": groups[name], "tau": 1.734} for name in ("plain", "users", "regions")]
+    asked += [{"rows": rows, "tau": tau} for tau in (1.734, 0.0)]
+    asked.append({"rows": rows, "tau": 1.734, "dropped": 1})
+    done = decode(smollm2, tmp_path_factory.mktemp("inline"), asked, block_size=16)
+    return dict(zip(("plain", "users", "regions", "gated", "full", "lost"), done, strict=True))
+
+
+def of(expected, rows, groups, name):
+    """What is expected of one group's rows."""
+    return [found for row, found in zip(rows, expected[1.734], strict=True) if row in groups[name]]
 
 
 def test_tokens_steps_and_scores_are_those_of_the_workers(runs, expected):
+    """Regions of every kind side by side, rows without one among them."""
     assert sum(len(row["steps"]) for row in expected[1.734]) > 60
-    assert_same(runs[0]["rows"], expected[1.734])
-    assert not runs[0]["faults"]
+    assert_same(runs["gated"]["rows"], expected[1.734])
+    assert not runs["gated"]["faults"]
 
 
 def test_so_they_are_where_every_step_is_guided(runs, expected):
     assert sum(len(row["steps"]) for row in expected[0.0]) > sum(len(row["steps"]) for row in expected[1.734])
-    assert_same(runs[1]["rows"], expected[0.0])
+    assert_same(runs["full"]["rows"], expected[0.0])
 
 
-def test_rows_from_the_prefix_cache_are_the_same(runs, expected):
-    assert runs[2].get("cached_tokens", 0) > 0
-    assert_same(runs[2]["rows"], expected[1.734])
+def test_other_messages_under_one_region_come_from_the_prefix_cache(runs, expected, rows, groups):
+    assert runs["plain"].get("cached_tokens", 0) == 0 < runs["users"]["cached_tokens"]
+    assert_same(runs["users"]["rows"], of(expected, rows, groups, "users"))
+
+
+def test_the_same_prompts_under_another_region_do_not(runs, expected, rows, groups):
+    assert runs["regions"].get("cached_tokens", 0) == 0
+    assert_same(runs["regions"]["rows"], of(expected, rows, groups, "regions"))
 
 
 def test_rows_whose_report_was_lost_are_decoded_again(runs, expected):
-    assert runs[3]["faults"]["reports_lost"] >= 1
-    assert_same(runs[3]["rows"], expected[1.734])
+    assert runs["lost"]["faults"]["reports_lost"] >= 1
+    assert_same(runs["lost"]["rows"], expected[1.734])
 
 
 def test_chunks_and_preemptions_change_nothing(smollm2, rows, expected, tmp_path):
