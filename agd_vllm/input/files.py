@@ -172,7 +172,12 @@ def unusable(source: str) -> Iterator[None]:
         yield
     except InputUnusable:
         raise
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        # fsspec says so of every fault of a server, and keeps the true one as its cause.
+        cause = error.__cause__
+        if cause is not None and getattr(cause, "status", None) not in (404, 410):
+            message = f"input {source} cannot be reached: {reason(cause)}; check the address, and that it can be read"
+            raise InputUnusable(message) from error
         raise InputUnusable(f"input {source} does not exist; check the path") from None
     except IsADirectoryError:
         raise InputUnusable(f"input {source} is a directory; name the files in it") from None

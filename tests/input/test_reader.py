@@ -2,10 +2,12 @@
 
 import bz2
 import gzip
+import http.server
 import io
 import json
 import lzma
 import pickle
+import threading
 import tracemalloc
 from dataclasses import replace
 from functools import partial
@@ -779,6 +781,40 @@ def test_a_bad_first_line_makes_no_binary_file(tmp_path, first):
     path = jsonl(tmp_path / "rows.jsonl", first, RAW)
     check_inputs([path])
     assert [getattr(row, "type", row.id) for row in read(path)][1:] == ["p1"]
+
+
+class _Server(http.server.BaseHTTPRequestHandler):
+    """Answers /STATUS/... with that status."""
+
+    def do_GET(self):
+        status = int(self.path.split("/")[1])
+        self.send_response(status)
+        self.end_headers()
+        if status == 200 and self.command == "GET":
+            self.wfile.write(json.dumps(RAW).encode())
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_that_gives_no_file_is_told_from_a_file_that_is_not_there():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        check_inputs([f"{address}/200/rows.jsonl"])
+        assert [row.id for row in read(f"{address}/200/rows.jsonl")] == ["p1"]
+        for status, words in ((403, "403.*Forbidden"), (404, "does not exist"), (500, "500.*Internal Server Error")):
+            with pytest.raises(InputUnusable, match=words) as unusable:
+                check_inputs([f"{address}/{status}/rows.jsonl"])
+            assert ("does not exist" in str(unusable.value)) == (status == 404)
+        server.shutdown()
+    with pytest.raises(
+        InputUnusable, match=r"rows.jsonl cannot be reached: Cannot connect .* check the address"
+    ) as gone:
+        check_inputs([f"{address}/200/rows.jsonl"])
+    assert "\n" not in str(gone.value)
 
 
 def test_a_parquet_file_without_rows_and_an_unknown_protocol(tmp_path):
