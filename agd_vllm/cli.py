@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _fail_with(error: Exception) -> int:
     from ray.exceptions import RayError
 
-    from agd_vllm.input.reader import InputUnusable
+    from agd_vllm.input.files import InputUnusable
     from agd_vllm.output.storage import OutputFailed
     from agd_vllm.output.summary import OutputUnusable
 

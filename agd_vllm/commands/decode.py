@@ -54,7 +54,8 @@ def decode(
     dry_run: bool,
     **options: Any,
 ) -> None:
-    """Decode a dataset (JSONL or Parquet, .gz and .zst too, local paths or fsspec URLs).
+    """Decode a dataset: JSON lines, a JSON array or Parquet, also packed with gz, bz2, xz or zst; local paths or
+    fsspec URLs.
 
     Results land in DIR/results, guided steps in DIR/steps, failed rows in DIR/errors.jsonl.
 

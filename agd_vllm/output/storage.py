@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 
@@ -25,6 +26,7 @@ class OutputDirectory:
     """Files under a local path or any fsspec URL, each written whole or not at all.
 
     Raises:
+        ValueError: for storage that ends with this process.
         OutputFailed: from every method, for whatever fault the storage has.
     """
 
@@ -32,6 +34,8 @@ class OutputDirectory:
         self.name = directory
         with self.faults(""):
             self._fs, self._root = fsspec.url_to_fs(directory)
+        if _in_memory(self._fs):
+            raise ValueError(f"output {directory}: what is in memory is gone with this process; give a folder or a URL")
         self.local = isinstance(self._fs, LocalFileSystem)
 
     def path(self, name: str) -> str:
@@ -189,3 +193,10 @@ class OutputDirectory:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
             where = f"{self.name.rstrip('/')}/{name}" if name else self.name
             raise OutputFailed(f"output {where}: {reason}; mend that and run the same command again") from error
+
+
+def _in_memory(fs: AbstractFileSystem) -> bool:
+    """Also behind a cache, or as a folder of another file system."""
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else {*fs.protocol}
+    inner = getattr(fs, "fs", None)
+    return "memory" in protocols or (isinstance(inner, AbstractFileSystem) and _in_memory(inner))

@@ -65,6 +65,7 @@ class Preparer:
                 "special_tokens",
                 f"the prompt holds the token {max(tokens.ids)}, the model knows {self._vocab_size}; take it out",
             )
+        self._check_stop_tokens(row)
         max_tokens = row.max_tokens if row.max_tokens is not None else self._max_tokens
         max_tokens = max_tokens if room is None else min(max_tokens, room)
         min_tokens = row.min_tokens or 0
@@ -114,6 +115,14 @@ class Preparer:
         # What a template prints of a variable is its own text to the tokenizer, and a row is data.
         if token := self._tokenizer.spells_special_token(kwargs):
             raise RowRefused("chat_template_kwargs", f"chat_template_kwargs spell out the special token {token}")
+
+    def _check_stop_tokens(self, row: InputRow) -> None:
+        largest = max(row.stop_token_ids, default=-1)
+        if self._vocab_size is not None and largest >= self._vocab_size:
+            raise RowRefused(
+                "stop_token_ids",
+                f"stop_token_ids holds {largest}, the model's tokens are 0 to {self._vocab_size - 1}; take it out",
+            )
 
     def _room(self, prompt_tokens: int) -> int | None:
         """Tokens that may follow the prompt, None for any number. Raises RowRefused if there is none, or no prompt."""

@@ -138,8 +138,8 @@ def test_unusable_files(tmp_path):
         ("broken.jsonl", "record 2 is not JSON"),
         ("empty.jsonl", "no record"),
         ("latin.jsonl", "utf-8"),
-        ("cut.jsonl.gz", "ended"),
-        ("missing.jsonl", "No such file"),
+        ("cut.jsonl.gz", "Truncated"),
+        ("missing.jsonl", "does not exist"),
     ):
         with pytest.raises(SuiteUnusable, match=word):
             read_suite("ifeval", str(tmp_path / name))

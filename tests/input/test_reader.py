@@ -1,10 +1,16 @@
 """Rows in: what a row may be, what is refused and how, and files of every kind, good and broken."""
 
+import bz2
 import gzip
+import http.server
 import io
 import json
+import lzma
+import pickle
+import threading
 import tracemalloc
 from dataclasses import replace
+from functools import partial
 
 import fsspec
 import numpy as np
@@ -12,8 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from agd_vllm.input.reader import MAX_LINE_BYTES, InputUnusable, check_inputs, check_rows, read_rows
+from agd_vllm.input.files import InputUnusable
+from agd_vllm.input.json_text import MAX_ROW_BYTES, row_texts
+from agd_vllm.input.reader import check_inputs, check_rows, read_rows
 from agd_vllm.input.schema import parse_row, parse_selector_option
 from agd_vllm.records import InputRow, RowError, RowRefused, Selector
 
@@ -381,23 +391,23 @@ def test_lines_up_to_the_limit_are_rows_and_longer_ones_are_refused_without_bein
     path = tmp_path / "rows.jsonl"
     row = json.dumps(RAW).encode()
     with path.open("wb") as file:
-        file.write(row + b" " * (MAX_LINE_BYTES - len(row)) + b"\n" + b"[" * 5000)
-        file.truncate(file.tell() + 3 * MAX_LINE_BYTES)  # a hole: nothing on the disk
+        file.write(row + b" " * (MAX_ROW_BYTES - len(row)) + b"\n" + b"[" * 5000)
+        file.truncate(file.tell() + 3 * MAX_ROW_BYTES)  # a hole: nothing on the disk
         file.seek(0, io.SEEK_END)
-        file.write(b"\n" + json.dumps(CHAT).encode() + b"\n" + b"x" * (MAX_LINE_BYTES + 1))
+        file.write(b"\n" + json.dumps(CHAT).encode() + b"\n" + b"x" * (MAX_ROW_BYTES + 1))
     fitting, oversized, after, last = read(str(path))
     assert (fitting.id, after.id, after.line) == ("p1", "r1", 3)
     assert (oversized.type, oversized.line, oversized.input) == ("line_too_long", 2, "[" * 2000)
     assert (last.type, last.line, last.input) == ("line_too_long", 4, "x" * 2000)
-    path.write_bytes(b"")
+    path.write_bytes(b'{"')
     with path.open("r+b") as file:
-        file.truncate(10 * MAX_LINE_BYTES)
+        file.truncate(10 * MAX_ROW_BYTES)
     tracemalloc.start()
     (error,) = read(str(path))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert error.type == "line_too_long"
-    assert peak < 2 * MAX_LINE_BYTES
+    assert peak < 2 * MAX_ROW_BYTES
 
 
 def test_rows_in_memory():
@@ -436,14 +446,14 @@ def test_a_place_is_short_and_on_one_line_whatever_the_keys():
 # Files
 
 
+PACK = {"gz": gzip.compress, "zst": zstandard.compress, "bz2": bz2.compress, "xz": partial(lzma.compress, preset=0)}
+SUFFIXES = ("jsonl", *PACK)
+
+
 def compressed(data, suffix):
+    """Two members, frames or streams, as parallel compressors and `cat` make them; plain under another suffix."""
     half = len(data) // 2
-    match suffix:
-        case "gz":  # two members or frames, as parallel compressors and `cat` make them
-            return gzip.compress(data[:half]) + gzip.compress(data[half:])
-        case "zst":
-            return zstandard.compress(data[:half]) + zstandard.compress(data[half:])
-    return data
+    return PACK[suffix](data[:half]) + PACK[suffix](data[half:]) if suffix in PACK else data
 
 
 def many(count, padding=0):
@@ -451,7 +461,7 @@ def many(count, padding=0):
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "gz", "zst"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("place", ["local", "url", "memory"])
 def test_plain_and_compressed_files_anywhere(tmp_path, suffix, place):
     data = compressed(many(300), suffix)
@@ -461,6 +471,130 @@ def test_plain_and_compressed_files_anywhere(tmp_path, suffix, place):
     url = f"file://{url}" if place == "url" else url
     check_inputs([url])
     assert [(row.id, row.line) for row in read(url)] == [(f"r{i}", i + 1) for i in range(300)]
+
+
+@pytest.mark.parametrize("kind", [*SUFFIXES, "parquet"])
+@pytest.mark.parametrize("name", ["rows", "rows.jsonl", "rows.GZ", "rows.zst", "rows.bz2.part", "rows.PARQUET"])
+def test_what_a_file_is_its_first_bytes_say(tmp_path, kind, name):
+    path = tmp_path / name
+    if kind == "parquet":
+        parquet(path, id=pa.array(["r0", "r1"]))
+    else:
+        path.write_bytes(compressed(many(2), kind))
+    check_inputs([str(path)])
+    assert [(row.id, row.line) for row in read(str(path))] == [("r0", 1), ("r1", 2)]
+
+
+def test_padding_and_skippable_frames_between_packed_parts(tmp_path):
+    path = tmp_path / "rows"
+    first, second = many(2), many(4)[len(many(2)) :]
+    path.write_bytes(lzma.compress(first) + b"\0" * 8 + lzma.compress(second) + b"\0" * 4)
+    assert [row.id for row in read(str(path))] == ["r0", "r1", "r2", "r3"]
+    skippable = b"\x50\x2a\x4d\x18\x04\0\0\0size"  # pzstd writes one before each frame
+    path.write_bytes(b"".join(skippable + zstandard.compress(part) for part in (first, second)))
+    assert [row.id for row in read(str(path))] == ["r0", "r1", "r2", "r3"]
+
+
+# Arrays
+
+
+ROWS = [{**RAW, "prompt": 'a "quoted] \\ {\n[x,'}, {**CHAT, "metadata": [{"a": [1, "é]"]}, []]}, {**RAW, "id": "p2"}]
+
+
+@pytest.mark.parametrize("indent", [None, 0, 1])
+@pytest.mark.parametrize("start", ["", " \r\n\n", "\ufeff", "\ufeff\n" + " " * 5000])
+@pytest.mark.parametrize("suffix", ["json", "gz", "jsonl"])
+def test_an_array_of_rows(tmp_path, indent, start, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    text = start + json.dumps(ROWS, indent=indent) + "\n \n"
+    path.write_bytes(compressed(text.encode(), suffix))
+    check_inputs([str(path)])
+    rows = read(str(path))
+    lines = [text[: text.index(f'"id": "{row["id"]}"')].count("\n") + 1 for row in ROWS]
+    lines = [line - 1 if indent is not None else line for line in lines]  # the brace stands on a line of its own
+    assert rows == [replace(parse_row(row, line), file=str(path)) for row, line in zip(ROWS, lines, strict=True)]
+
+
+def test_a_bad_element_is_an_error_of_that_row_only(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_bytes(
+        b'[{"id": "a", "prompt": "x"},\n 7,\n {"id": "b", "prompt": },\n {"id": "c", "metadata": NaN}, "]",,\n'
+        b' {"id": "d", "prompt": "x"} {"id": "a", "prompt": "x"}, nul, ["e"]\n, {"id": "f", "prompt": "caf\xe9"},]\n'
+    )
+    found = [(row.line, row.id, getattr(row, "type", "valid")) for row in read(str(path))]
+    assert found == [
+        (1, "a", "valid"),
+        (2, None, "not_an_object"),
+        (3, None, "invalid_json"),
+        (4, "c", "not_json"),
+        (4, None, "not_an_object"),
+        (5, "d", "valid"),
+        (5, "a", "duplicate_id"),
+        (5, None, "invalid_json"),
+        (5, None, "not_an_object"),
+        (6, "f", "invalid_utf8"),
+    ]
+    bad = read(str(path))[2]
+    assert bad.input == '{"id": "b", "prompt": }'
+    assert bad.message == "the row is not JSON: Expecting value at character 23; mend this element of the array"
+
+
+def test_lines_after_an_array_are_rows_and_nothing_is_lost(tmp_path):
+    row = json.dumps(RAW).encode()
+    rest, after = read(jsonl(tmp_path / "rows.jsonl", b"[]" + row, row.replace(b"p1", b"p2")))
+    assert (rest.type, rest.line, rest.id, rest.input) == ("invalid_json", 1, "p1", row.decode())
+    assert "goes on after the end of the array" in rest.message
+    assert (after.id, after.line) == ("p2", 2)
+    first, second, third = read(jsonl(tmp_path / "rows.jsonl", b'[1, "]"]', row))
+    assert [first.type, second.type, third.id] == ["not_an_object", "not_an_object", "p1"]
+
+
+@pytest.mark.parametrize("end", [b"", b",", b', {"id": "b"', b', "b', b", 7", b',{"id": "\\'])
+def test_an_array_that_is_not_closed_ends_the_run_after_the_rows_before(tmp_path, end):
+    path = tmp_path / "rows.json"
+    path.write_bytes(b"[" + json.dumps(RAW).encode() + end)
+    check_inputs([str(path)])
+    rows = read_rows([str(path)])
+    assert next(rows).id == "p1"
+    with pytest.raises(InputUnusable, match=r"breaks off: the JSON array .* is not closed; complete it"):
+        next(rows)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text('"\\[]{},:\n é🤖a'),
+    lambda parts: st.lists(parts) | st.dictionaries(st.text('"\\[]{}a'), parts),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(VALUES), st.sampled_from([None, 0, 2]), st.integers(1, 9), st.booleans())
+def test_elements_are_found_wherever_chunks_end(values, indent, size, escaped):
+    text = json.dumps(values, indent=indent, ensure_ascii=escaped).encode()
+    chunks = [text[start : start + size] for start in range(0, len(text), size)]
+    rows = list(row_texts(iter(chunks)))
+    elements = [row for row in rows if row.form == "element"]
+    assert [json.loads(row.text) for row in elements] == values
+    assert not any(row.text.strip() for row in rows if row.form != "element")
+    at = 0
+    for row in elements:
+        at = text.index(row.text, at)
+        assert row.line == text.count(b"\n", 0, at) + 1
+        at += len(row.text)
+
+
+def test_an_element_beyond_the_limit_is_not_held(tmp_path):
+    path = tmp_path / "rows.json"
+    row = json.dumps(RAW).encode()
+    long = b'{"id": "\\"' + b"[\n" * (MAX_ROW_BYTES // 2) + b'"}'
+    path.write_bytes(b"[" + row + b",\n" + long + b",\n" + row.replace(b"p1", b"p2") + b"]")
+    tracemalloc.start()
+    first, oversized, last = read(str(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (first.id, last.id, last.line) == ("p1", "p2", 3 + MAX_ROW_BYTES // 2)
+    assert (oversized.type, oversized.line, oversized.input) == ("line_too_long", 2, long[:2000].decode())
+    assert peak < 2 * MAX_ROW_BYTES
 
 
 def test_parquet_rows_are_the_same_rows(tmp_path):
@@ -538,7 +672,7 @@ def test_parquet_maps_that_are_no_object(tmp_path):
     assert [row.chat_template_kwargs for row in rows] == [{"enable_thinking": False}, {}]
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "gz", "zst"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_large_file_is_streamed(tmp_path, suffix):
     path = tmp_path / f"rows.{suffix}"
     path.write_bytes(compressed(many(10_000, 4000), suffix))
@@ -563,13 +697,17 @@ def test_a_large_row_group_is_streamed(tmp_path):
     assert peak < 32 << 20 < 5000 * 12_000
 
 
-@pytest.mark.parametrize("suffix", ["gz", "zst"])
-@pytest.mark.parametrize("fault", ["truncated", "corrupt"])
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("fault", ["truncated", "corrupt", "second"])
 def test_a_file_that_breaks_off_ends_the_run_after_the_rows_before(tmp_path, suffix, fault):
-    data = compressed(many(40_000, 10), suffix)
+    data = compressed(many(80_000, 10), suffix)
     path = tmp_path / f"rows.{suffix}"
     cut = len(data) * 9 // 10
-    path.write_bytes(data[:cut] if fault == "truncated" else data[:cut] + b"\xff" * 50 + data[cut + 50 :])
+    if fault == "second":  # a whole first part, and what follows it is none
+        data, cut = PACK[suffix](many(80_000, 10)), 0
+        path.write_bytes(data + b"\0xx" + data[3:])
+    else:
+        path.write_bytes(data[:cut] if fault == "truncated" else data[:cut] + b"\xff" * 50 + data[cut + 50 :])
     check_inputs([str(path)])
     rows = []
     with pytest.raises(InputUnusable, match=r"^input .*rows\.\w+ cannot be read: .+; repair or replace it$"):
@@ -603,10 +741,25 @@ def test_a_parquet_file_with_a_broken_page(tmp_path):
         ("bom.jsonl", b"\xef\xbb\xbf", "is empty"),
         ("empty.gz", gzip.compress(b""), "is empty"),
         ("empty.zst", b"", "is empty"),
-        ("plain.gz", b'{"id": "a"}', "cannot be read"),
+        ("empty.parquet", b"", "is empty"),
+        ("empty.json", b"[\n ]\n", "is empty"),
         ("cut.zst", zstandard.compress(b"x" * 100)[:-3], "cannot be read"),
-        ("text.parquet", b'{"id": "a"}', "cannot be read"),
-        ("empty.parquet", b"", "cannot be read"),
+        ("cut.parquet", b"PAR1" + b"x" * 100, "cannot be read"),
+        ("cut.xz", lzma.compress(b"x" * 100)[:-3], "cannot be read"),
+        ("page.GZ", b"<html>", "neither JSON nor Parquet"),
+        ("torn.parquet", b"x" * 100, "begins with 78 78 78 78"),
+        ("utf16", '{"id": "a"}'.encode("utf-16"), "is UTF-16"),
+        ("utf16be", '\ufeff{"id": "a"}'.encode("utf-16-be"), "is UTF-16"),
+        ("utf16.jsonl", '{"id": "é"}'.encode("utf-16-le"), "save it as UTF-8"),
+        ("utf16be.jsonl", '\r\n{"id": "é"}'.encode("utf-16-be"), "save it as UTF-8"),
+        ("utf32.jsonl", '{"id": "é"}'.encode("utf-32"), "save it as UTF-8"),
+        ("utf16.gz", gzip.compress('{"id": "é"}'.encode("utf-16")), "is UTF-16 or UTF-32 within gzip"),
+        ("rows.zip", b"PK\x03\x04\x14\0\0\0", "begins with 50 4b 03 04; convert or unpack it"),
+        ("rows.npy", b"\x93NUMPY\x01\0", "neither JSON nor Parquet"),
+        ("rows.lz4", b"\x04\x22\x4d\x18\x64\x40\xa7", "neither JSON nor Parquet"),
+        ("rows.pickle", pickle.dumps([RAW]), "neither JSON nor Parquet"),
+        ("twice.gz", gzip.compress(gzip.compress(b"{}")), "begins with 1f 8b 08 00 within gzip"),
+        ("parquet.bz2", bz2.compress(b"PAR1" + b"x" * 100), "begins with 50 41 52 31 within bz2"),
         ("", None, "is a directory"),
     ],
 )
@@ -619,6 +772,49 @@ def test_unusable_inputs_are_known_before_the_run(tmp_path, name, data, words):
     assert words in str(unusable.value)
     assert str(tmp_path / name) in str(unusable.value)
     assert "\n" not in str(unusable.value)
+
+
+@pytest.mark.parametrize(
+    "first", [b"caf\xe9", b"\x1b[1m" + b"caf\xc3\xa9 " * 999, b'{"id": "a\0"}', b"x" * 4095 + "é".encode()]
+)
+def test_a_bad_first_line_makes_no_binary_file(tmp_path, first):
+    path = jsonl(tmp_path / "rows.jsonl", first, RAW)
+    check_inputs([path])
+    assert [getattr(row, "type", row.id) for row in read(path)][1:] == ["p1"]
+
+
+class _Server(http.server.BaseHTTPRequestHandler):
+    """Answers /STATUS/... with that status."""
+
+    def do_GET(self):
+        status = int(self.path.split("/")[1])
+        self.send_response(status)
+        self.end_headers()
+        if status == 200 and self.command == "GET":
+            self.wfile.write(json.dumps(RAW).encode())
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_that_gives_no_file_is_told_from_a_file_that_is_not_there():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        check_inputs([f"{address}/200/rows.jsonl"])
+        assert [row.id for row in read(f"{address}/200/rows.jsonl")] == ["p1"]
+        for status, words in ((403, "403.*Forbidden"), (404, "does not exist"), (500, "500.*Internal Server Error")):
+            with pytest.raises(InputUnusable, match=words) as unusable:
+                check_inputs([f"{address}/{status}/rows.jsonl"])
+            assert ("does not exist" in str(unusable.value)) == (status == 404)
+        server.shutdown()
+    with pytest.raises(
+        InputUnusable, match=r"rows.jsonl cannot be reached: Cannot connect .* check the address"
+    ) as gone:
+        check_inputs([f"{address}/200/rows.jsonl"])
+    assert "\n" not in str(gone.value)
 
 
 def test_a_parquet_file_without_rows_and_an_unknown_protocol(tmp_path):

@@ -19,6 +19,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_runs import decoded
@@ -223,9 +224,20 @@ def test_errors_of_rows_without_an_id_are_recorded_once_for_each_row(tmp_path):
     assert len(errors(tmp_path)) == 4
 
 
-@pytest.mark.parametrize("place", ["memory", "local url"])
+class _Elsewhere(MemoryFileSystem):
+    """In the place of storage that is not local."""
+
+    protocol = "elsewhere"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("elsewhere://"))
+
+
+@pytest.mark.parametrize("place", ["elsewhere", "local url"])
 def test_fsspec_urls(tmp_path, place):
-    url = f"memory://test_writer/{tmp_path.name}" if place == "memory" else f"file://{tmp_path}/out"
+    fsspec.register_implementation("elsewhere", _Elsewhere, clobber=True)
+    url = f"elsewhere://test_writer/{tmp_path.name}" if place == "elsewhere" else f"file://{tmp_path}/out"
     source = mixed_input(tmp_path / "rows.jsonl", 40)
     half = tmp_path / "half.jsonl"
     half.write_bytes(b"".join((tmp_path / "rows.jsonl").read_bytes().splitlines(keepends=True)[:25]))
@@ -238,6 +250,13 @@ def test_fsspec_urls(tmp_path, place):
     assert json.loads(fs.cat(f"{root}/summary.json")) == {"seconds": 1.5}
     fs.get(f"{root}/", f"{tmp_path}/copy/", recursive=True)
     check_complete([source], tmp_path / "copy")
+
+
+@pytest.mark.parametrize("url", ["memory://out", "memory:///a/out", "simplecache::memory://out", "dir::memory://out"])
+def test_an_output_in_memory_is_refused_before_anything_is_decoded(url):
+    for opens in (lambda: open_run(url, {}, resume=True), lambda: RunWriter(url), lambda: write_summary(url, {})):
+        with pytest.raises(ValueError, match=f"^output {url}: what is in memory is gone .* give a folder or a URL$"):
+            opens()
 
 
 # After a death

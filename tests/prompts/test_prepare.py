@@ -194,6 +194,14 @@ def test_a_token_beyond_the_models_vocabulary_is_refused():
     assert f"token {largest}" in message
 
 
+def test_stop_tokens_beyond_the_models_vocabulary_are_refused():
+    row = dataclasses.replace(CHAT, stop_token_ids=(5, 499))
+    assert preparer(vocab_size=500).prepare(row).stop_token_ids == (5, 499)
+    kind, message = refusal(row, vocab_size=499)
+    assert kind == "stop_token_ids"
+    assert message == "stop_token_ids holds 499, the model's tokens are 0 to 498; take it out"
+
+
 def test_a_prompt_that_can_only_be_too_long_is_refused_before_it_is_tokenized(monkeypatch):
     longest = max(map(len, tiny("byte_level").get_vocab()))
     huge = dataclasses.replace(PROMPT, prompt="a" * (100 * longest + 1))
