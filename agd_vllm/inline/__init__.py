@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from agd_vllm.inline.arguments import engine_args
-    from agd_vllm.inline.request import request
+    from agd_vllm.inline.conversation import request
 
 __all__ = ["engine_args", "request"]
 
@@ -20,7 +20,7 @@ def __getattr__(name: str):
 
         return engine_args
     if name == "request":
-        from agd_vllm.inline.request import request
+        from agd_vllm.inline.conversation import request
 
         return request
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
