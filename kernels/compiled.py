@@ -1,7 +1,7 @@
 """The kernels of a CPU: the C files beside this one, compiled by the machine's own compiler when they are first used.
 
 The library is kept in the user's cache folder (XDG_CACHE_HOME). Every kernel has a twin in PyTorch that is used where
-there is no compiler.
+there is no compiler. CC names the compiler, AGD_VLLM_CFLAGS more flags for it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _cache_folder() -> Path | None:
 
 def _key() -> str:
     """Of the sources and of this machine: home folders are shared by machines of different kinds."""
-    machine = (_compiler(), FLAGS, platform.machine(), platform.libc_ver(), _cpu_flags())
+    machine = (_compiler(), platform.machine(), platform.libc_ver(), _cpu_flags())
     key = hashlib.sha256(repr(machine).encode())
     for path in (*sorted(FOLDER.glob("*.c")), *sorted(FOLDER.glob("*.h"))):
         key.update(path.read_bytes())
@@ -75,13 +75,14 @@ def _key() -> str:
 
 
 def _compile(path: Path) -> Path:
-    command = [*_compiler(), *FLAGS, *map(os.fspath, sorted(FOLDER.glob("*.c"))), "-o", os.fspath(path), "-lm"]
+    command = [*_compiler(), *map(os.fspath, sorted(FOLDER.glob("*.c"))), "-o", os.fspath(path), "-lm"]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_S)
     return path
 
 
 def _compiler() -> list[str]:
-    return shlex.split(os.environ.get("CC", "cc"))
+    """With its flags."""
+    return [*shlex.split(os.environ.get("CC", "cc")), *FLAGS, *shlex.split(os.environ.get("AGD_VLLM_CFLAGS", ""))]
 
 
 def _cpu_flags() -> str:

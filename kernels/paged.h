@@ -54,7 +54,32 @@ INLINE int64_t place_of(const Cache *cache, const Sequence *sequence, int64_t he
     return sequence->pages[index / size] * cache->block + head * cache->head + index % size * cache->token;
 }
 
-static void read_row(const void *data, int64_t half, int64_t from, int64_t count, float *to) {
+#define UNROLL _Pragma("GCC unroll 16")
+
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+// Vectors of a row that are fetched together, and where lane `lane` of vector `part` lies in the row: of bfloat16, two
+// vectors are the even and the odd elements.
+#define PAIR(dim) ((dim) >= 2 * LANES ? 2 : 1)
+
+INLINE int element(const int dim, const int half, int part, int lane) {
+    return half && PAIR(dim) == 2 ? part / 2 * 2 * LANES + 2 * lane + part % 2 : part * LANES + lane;
+}
+
+INLINE void fetch(const int half, const int pair, const void *data, int64_t from, lanes to[2]) {
+    const char *at = (const char *)data + from * (half ? 2 : 4);
+    if (!half) {
+        UNROLL for (int i = 0; i < pair; i++) to[i] = load((const float *)at + i * LANES);
+    } else if (pair == 2) {
+        const words both = *(const words *)at;
+        to[0] = (lanes)(both << 16);
+        to[1] = (lanes)(both & 0xffff0000);
+    } else
+        to[0] = (lanes)(__builtin_convertvector(*(const halves *)at, words) << 16);
+}
+
+INLINE void read_row(const void *data, int64_t half, int64_t from, int64_t count, float *to) {
     if (half) {
 #pragma omp simd
         for (int64_t i = 0; i < count; i++) to[i] = get(data, 1, from + i);
@@ -62,7 +87,7 @@ static void read_row(const void *data, int64_t half, int64_t from, int64_t count
         memcpy(to, (const float *)data + from, count * sizeof(float));
 }
 
-static void write_row(void *data, int64_t half, int64_t to, int64_t count, const float *from) {
+INLINE void write_row(void *data, int64_t half, int64_t to, int64_t count, const float *from) {
     if (half) {
 #pragma omp simd
         for (int64_t i = 0; i < count; i++) put(data, 1, to + i, from[i]);
@@ -71,8 +96,7 @@ static void write_row(void *data, int64_t half, int64_t to, int64_t count, const
 }
 
 // RMSNorm of a head [streams][dim] in place, by the rule of rules.rms_norm.
-static void norm_head(float *x, int64_t streams, const float *gain, const Layer *layer) {
-    const int64_t dim = layer->dim;
+INLINE void norm_head(const int dim, float *x, int64_t streams, const float *gain, const Layer *layer) {
     float total = 0, along = 0;
 #pragma omp simd reduction(+ : total)
     for (int64_t i = 0; i < dim; i++) total += x[i] * x[i];
@@ -90,15 +114,16 @@ static void norm_head(float *x, int64_t streams, const float *gain, const Layer 
 }
 
 // A query or key head of one row as floats [streams][dim]: normed if there is a gain, rotated, times `scale`.
-static void read_head(const Call *call, int64_t row, int64_t head, const float *gain, float scale, float *to) {
+INLINE void read_head(const int dim, const Call *call, int64_t row, int64_t head, const float *gain, float scale,
+                      float *to) {
     const Layer *layer = call->layer;
-    const int64_t dim = layer->dim, streams = value_plane(layer), middle = dim / 2;
+    const int64_t streams = value_plane(layer), middle = dim / 2;
     const float *cosine = layer->rope + call->batch->positions[row] * dim, *sine = cosine + middle;
     for (int64_t stream = 0; stream < streams; stream++) {
         const int64_t line = (stream * call->batch->rows + row) * (layer->heads + 2 * layer->kv_heads);
         read_row(call->qkv, call->half, (line + head) * dim, dim, to + stream * dim);
     }
-    if (gain) norm_head(to, streams, gain, layer);
+    if (gain) norm_head(dim, to, streams, gain, layer);
     for (int64_t stream = 0; stream < streams; stream++) {
         float *x = to + stream * dim;
 #pragma omp simd
@@ -110,13 +135,13 @@ static void read_head(const Call *call, int64_t row, int64_t head, const float *
     }
 }
 
-INLINE void read_query(const Call *call, int64_t row, int64_t head, float *to) {
-    read_head(call, row, head, call->layer->query_gain, call->layer->scale, to);
+INLINE void read_query(const int dim, const Call *call, int64_t row, int64_t head, float *to) {
+    read_head(dim, call, row, head, call->layer->query_gain, call->layer->scale, to);
 }
 
 // What a head attends to, [2][dim]. A head of the region is a component itself: o' += mask o.
-static void write_head(const Call *call, int64_t row, int64_t head, float *o) {
-    const int64_t dim = call->layer->dim, heads = call->layer->heads;
+INLINE void write_head(const int dim, const Call *call, int64_t row, int64_t head, float *o) {
+    const int64_t heads = call->layer->heads;
     const float mask = call->mask ? call->mask[row * heads + head] : 0;
     if (mask != 0)
         for (int64_t i = 0; i < dim; i++) o[dim + i] += mask * o[i];

@@ -4,7 +4,6 @@
 #ifndef AGD_PAGED_PROMPT_H
 #define AGD_PAGED_PROMPT_H
 
-#include "attention.h"
 #include "paged.h"
 
 // Vectors of queries of one task: they share the keys and values that are read.
@@ -124,13 +123,15 @@ static void hide(const Queries *queries, int64_t key, int64_t count, int64_t win
     }
 }
 
-// Rows [dim] of one plane of the keys [from, to) as floats.
-static void read_plane(const Cache *cache, const Sequence *sequence, int64_t head, int64_t plane, int64_t from, int64_t to,
-                       int64_t dim, float *tile) {
+// Rows of one plane of the keys [from, to) as floats, their elements in the order of `element`.
+INLINE void read_plane(const int dim, const int half, const Cache *cache, const Sequence *sequence, int64_t head,
+                       int64_t plane, int64_t from, int64_t to, float *tile) {
     for (int64_t key = from; key < to;) {
         const int64_t page_end = (key / cache->block_size + 1) * cache->block_size, end = to < page_end ? to : page_end;
         int64_t at = place_of(cache, sequence, head, key) + plane * cache->plane;
-        for (; key < end; key++, at += cache->token, tile += dim) read_row(cache->data, cache->half, at, dim, tile);
+        for (; key < end; key++, at += cache->token)
+            UNROLL for (int part = 0; part < dim; part += PAIR(dim) * LANES, tile += PAIR(dim) * LANES)
+                fetch(half, PAIR(dim), cache->data, at + part, (lanes *)tile);
     }
 }
 
@@ -170,6 +171,7 @@ INLINE void attend_tokens(const int dim, const Call *call, const Sequence *seque
     const int64_t group = layer->heads / layer->kv_heads, window = layer->window, before = sequence->length + start;
     const int64_t num_queries = count * group, vectors = (num_queries + LANES - 1) / LANES;
     const int64_t num_planes = value_plane(layer) + 2, rows = PROMPT_TILE + BLOCK;
+    const int half = call->cache->half;
     lanes *const heads = (lanes *)workspace, *const sums = heads + vectors * 2 * dim, *const scores = sums + vectors * 2 * dim;
     float *const tile = (float *)(scores + rows * 2);
     Queries *const queries = (Queries *)(tile + 4 * rows * dim);
@@ -177,7 +179,8 @@ INLINE void attend_tokens(const int dim, const Call *call, const Sequence *seque
                                     tile + (num_planes - 1) * rows * dim};
     float head[2 * dim];
 
-    memset(workspace, 0, prompt_floats(dim, num_queries) * sizeof(float));
+    memset(heads, 0, vectors * 4 * dim * sizeof(lanes));
+    memset(queries, 0, vectors * sizeof(Queries));
     for (int64_t i = 0; i < vectors * LANES; i++) {
         // Lanes without a query are as the last one, but see nothing of it.
         const int64_t query = i < num_queries ? i : num_queries - 1, lane = i % LANES;
@@ -186,15 +189,21 @@ INLINE void attend_tokens(const int dim, const Call *call, const Sequence *seque
         at->positions[lane] = at->last = before + query / group;
         if (lane == 0) at->first = at->last;
         if (i >= num_queries) continue;
-        read_query(call, sequence->row + start + query / group, kv_head * group + query % group, head);
-        for (int64_t part = 0; part < value_plane(layer) * dim; part++)
-            heads[i / LANES * 2 * dim + part][lane] = head[part];
+        read_query(dim, call, sequence->row + start + query / group, kv_head * group + query % group, head);
+        float *to = (float *)(heads + i / LANES * 2 * dim) + lane;
+        for (int64_t part = 0; part < value_plane(layer) * dim / LANES; part++)
+            UNROLL for (int j = 0; j < LANES; j++, to += LANES) *to = head[element(dim, half, part, j)];
     }
     for (int64_t key = window && before + 1 > window ? before + 1 - window : 0; key < before + count;) {
         const int64_t tile_end = (key / PROMPT_TILE + 1) * PROMPT_TILE;
         const int64_t end = before + count < tile_end ? before + count : tile_end;
-        for (int64_t plane = 0; plane < num_planes; plane++)
-            read_plane(call->cache, sequence, kv_head, plane, key, end, dim, tile + plane * rows * dim);
+        for (int64_t plane = 0; plane < num_planes; plane++) {
+            float *const to = tile + plane * rows * dim;
+            if (half)
+                read_plane(dim, 1, call->cache, sequence, kv_head, plane, key, end, to);
+            else
+                read_plane(dim, 0, call->cache, sequence, kv_head, plane, key, end, to);
+        }
         for (int64_t i = 0; i < vectors; i++) {
             const int64_t first = window ? queries[i].first + 1 - window : 0, last = queries[i].last + 1;
             const int64_t from = first > key ? first : key, to = last < end ? last : end;
@@ -204,11 +213,12 @@ INLINE void attend_tokens(const int dim, const Call *call, const Sequence *seque
         key = end;
     }
     for (int64_t i = 0; i < num_queries; i++) {
-        const int64_t lane = i % LANES;
-        const float total = queries[i / LANES].total[lane];
-        for (int64_t part = 0; part < 2 * dim; part++)
-            head[part] = sums[i / LANES * 2 * dim + part][lane] * ((part < dim ? 1 : layer->value_factor) / total);
-        write_head(call, sequence->row + start + i / group, kv_head * group + i % group, head);
+        const float *from = (float *)(sums + i / LANES * 2 * dim) + i % LANES;
+        const float scale = 1 / queries[i / LANES].total[i % LANES], factors[2] = {scale, scale * layer->value_factor};
+        for (int part = 0; part < 2 * dim / LANES; part++)
+            UNROLL for (int j = 0; j < LANES; j++, from += LANES)
+                head[element(dim, half, part, j)] = *from * factors[part / (dim / LANES)];
+        write_head(dim, call, sequence->row + start + i / group, kv_head * group + i % group, head);
     }
 }
 

@@ -110,7 +110,7 @@ def assert_as_twin(case: Case) -> None:
         torch.testing.assert_close(one.float(), other.float(), rtol=tolerance, atol=bound, equal_nan=True)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     rule=st.sampled_from(list(RULES)),
     kv_heads=st.integers(1, 3),

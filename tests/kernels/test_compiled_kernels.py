@@ -2,6 +2,9 @@
 
 import logging
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +13,9 @@ from agd_vllm.kernels import compiled
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
-    """As in a new process, with a cache folder of its own."""
+    """As in a new process, with a cache folder of its own. Without optimisation it is compiled sooner."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("AGD_VLLM_CFLAGS", "-O0")
     compiled.available.cache_clear()
     compiled.library.cache_clear()
     yield
@@ -43,6 +47,34 @@ def test_a_damaged_library_is_compiled_anew(tmp_path):
 def test_the_compiler_may_have_arguments(monkeypatch):
     monkeypatch.setenv("CC", "env LANG=C cc")
     assert compiled.available()
+
+
+def test_flags_for_the_compiler_are_taken_and_make_another_library(monkeypatch):
+    plain = compiled._key()
+    monkeypatch.setenv("AGD_VLLM_CFLAGS", "-O0 -DNOTHING='a b'")
+    assert compiled.available() and compiled._key() != plain
+    compiled.available.cache_clear()
+    compiled.library.cache_clear()
+    monkeypatch.setenv("AGD_VLLM_CFLAGS", "-fno-such-flag")
+    assert not compiled.available()
+
+
+@pytest.mark.long
+def test_no_kernel_reads_or_writes_beside_its_tensors(tmp_path):
+    """The kernels' own tests, in a process whose allocations the sanitizers of the compiler watch."""
+    runtime = subprocess.run(["cc", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True).stdout
+    changes = {
+        "AGD_VLLM_CFLAGS": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+        "LD_PRELOAD": runtime.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
+    tests = Path(__file__).parent
+    names = ("test_gate_kernel.py", "attribution/test_cached_attention.py", "attribution/test_paged_attention.py")
+    files = [str(tests / name) for name in (*names, "attribution/test_streams.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    run = subprocess.run(command, env=os.environ | changes, capture_output=True, text=True, cwd=tests.parent)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("where", ["nowhere", "a file"])
