@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from agd_vllm.prompts.template import Rendered, one_line
+from agd_vllm.prompts.template import Rendered, control_tokens, one_line
 from agd_vllm.records import RowRefused
 
 _NONCE = secrets.token_hex(8)  # in the stand-ins of control tokens, so that no row can write one
@@ -67,8 +67,7 @@ class ChatTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self._tokenizer = tokenizer
-        named = set(tokenizer.all_special_ids)
-        self._control = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.special or i in named}
+        self._control = control_tokens(tokenizer)
         self._inert: _Inert | None = None
         _cover_whitespace(tokenizer)
 
