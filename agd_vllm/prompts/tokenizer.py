@@ -95,6 +95,15 @@ class ChatTokenizer:
                 return self._encode_inert(rendered.text, own)
         return tokens
 
+    def doubled_token(self, tokens: Tokens) -> str | None:
+        """A special token that a raw prompt begins or ends with, and that the tokenizer has added to it there."""
+        lying = [index for index, (start, end) in enumerate(tokens.offsets) if start < end]
+        if not lying:
+            return None
+        first, last = lying[0], lying[-1]
+        ends = ((tokens.ids[first], tokens.ids[:first]), (tokens.ids[last], tokens.ids[last + 1 :]))
+        return next((self._control[i].content for i, added in ends if i in added and i in self._control), None)
+
     def spells_special_token(self, value: Any) -> str | None:
         """The first special token spelled out anywhere in a JSON value, or None."""
         if isinstance(value, str):
