@@ -43,6 +43,42 @@ THINKING = (
     "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}<|start|>{{ m.role }}\n{{ c }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
+# Qwen 3's own, but for tools: which turn is the last is looked up from the end, and thoughts are taken apart.
+QWEN3 = r"""
+{%- if messages[0].role == 'system' %}{{- '<|start|>system\n' + messages[0].content + '<|end|>\n' }}{%- endif %}
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" and message.content is string and not(
+            message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
+        {{- '<|start|>' + message.role + '\n' + content + '<|end|>' + '\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- set reasoning_content = '' %}
+        {%- if '</think>' in content %}
+            {%- set reasoning_content = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last_query_index and (loop.last or reasoning_content) %}
+            {{- '<|start|>' + message.role + '\n<think>\n' + reasoning_content.strip('\n') + '\n</think>\n\n' +
+                content.lstrip('\n') }}
+        {%- else %}
+            {{- '<|start|>' + message.role + '\n' + content }}
+        {%- endif %}
+        {{- '<|end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
+{%- endif %}
+"""
 # Answers questions in another way than orders.
 QUESTIONS = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}"
@@ -56,6 +92,8 @@ TEMPLATES = {
     "gemma": GEMMA,
     "twice_no_system": TWICE_NO_SYSTEM,
     "thinking": THINKING,
+    "qwen3": QWEN3,
+    "questions": QUESTIONS,
 }
 SPECIAL = ["<unk>", "<s>", "<|start|>", "<|end|>", "<|pad|>"]
 

@@ -4,12 +4,15 @@
 packages. `model_args` are the options of `agd-vllm decode` ('-' as '_').
 
 The region, where no `roi` is given: the system message of a chat, the last user message of a chat without one, the
-whole of a prompt without a chat template.
+whole of a prompt without a chat template. A request that cannot be decoded, because it is longer than the model takes
+or empty, has an empty answer; how many there are, and why, is said before anything is decoded.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -18,12 +21,16 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from agd_vllm.evaluation.strategies import typed_options
+from agd_vllm.input.reader import check_rows
 from agd_vllm.pipeline.decoder import Decoder
 from agd_vllm.pipeline.options import DecoderOptions
-from agd_vllm.records import RowError
+from agd_vllm.records import InputRow, RowError, RowRefused
 
 # Generation settings that mean nothing where nothing is drawn.
 MEANINGLESS = ("top_p", "top_k", "min_p", "seed")
+SHOWN_FAILURES = 3
+
+log = logging.getLogger("agd_vllm")
 
 
 class RequestRefused(ValueError):
@@ -52,15 +59,26 @@ class AGDModel(LM):
             raise RequestRefused(f"model_args: {error}") from error
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The answers, in the order of the requests. Raises RequestRefused where one cannot be decoded."""
+        """The answers, in the order of the requests; empty ones for those that cannot be decoded.
+
+        Raises RequestRefused for settings that guided decoding cannot serve, and where no request can be decoded.
+        """
         rows = [self._row(number, *request.args) for number, request in enumerate(requests)]
-        texts: dict[str, str] = {}
-        with Decoder(options=self._options) as decoder:
-            for row in decoder.decode(rows, on_error=_refuse):
-                texts[row.id] = row.text
-        answers = [texts[row["id"]] for row in rows]
-        for request, answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, answer)
+        decoder = Decoder(options=self._options)
+        failures = _Failures(len(rows))
+        usable = list(_usable(rows, decoder, failures))
+        failures.say("cannot be decoded")
+        if rows and not usable:
+            raise RequestRefused(f"none of the {len(rows)} requests can be decoded; {failures.reasons()}")
+        answers = [""] * len(rows)
+        late = _Failures(len(rows))
+        if usable:
+            with decoder:
+                for row in decoder.decode(usable, on_error=late.add):
+                    answers[int(row.id)] = row.text
+                    # At once, so that lm-eval's cache has it whatever becomes of the others.
+                    self.cache_hook.add_partial("generate_until", requests[int(row.id)].args, row.text)
+            late.say("could not be decoded")
         return answers
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -110,11 +128,45 @@ class AGDModel(LM):
 def _region(row: dict[str, Any]) -> dict[str, Any]:
     if "prompt" in row:
         return {"chars": [0, len(row["prompt"])]}
-    roles = [message["role"] for message in row["messages"]]
-    if "system" in roles:
+    messages = row["messages"]
+    if any(message["role"] == "system" and message["content"] for message in messages):
         return {"role": "system"}
-    return {"message": max(index for index, role in enumerate(roles) if role == "user")}
+    asked = [index for index, message in enumerate(messages) if message["role"] == "user" and message["content"]]
+    return {"message": asked[-1] if asked else 0}
 
 
-def _refuse(error: RowError) -> None:
-    raise RequestRefused(f"request {error.id} cannot be decoded: {error.message}")
+def _usable(rows: list[dict[str, Any]], decoder: Decoder, failures: _Failures) -> Iterator[dict[str, Any]]:
+    """The rows that can be decoded, as far as that shows without a model."""
+    preparer = decoder.preparer()
+    for row, checked in zip(rows, check_rows(rows), strict=True):
+        if isinstance(checked, InputRow):
+            try:
+                preparer.prepare(checked)
+            except RowRefused as refused:
+                checked = RowError(row, checked.line, checked.id, refused.type, str(refused))
+        if isinstance(checked, RowError):
+            failures.add(checked)
+        else:
+            yield row
+
+
+class _Failures:
+    """Requests without an answer: how many, and why the first ones."""
+
+    def __init__(self, total: int):
+        self._total = total
+        self._count = 0
+        self._first: list[str] = []
+
+    def add(self, error: RowError) -> None:
+        self._count += 1
+        if len(self._first) < SHOWN_FAILURES:
+            self._first.append(f"request {error.id}: {error.message}")
+
+    def reasons(self) -> str:
+        return "; ".join(self._first) + ("; ..." if self._count > len(self._first) else "")
+
+    def say(self, what: str) -> None:
+        if self._count:
+            counts = f"{self._count} of {self._total} requests"
+            log.warning("%s %s, their answers are empty; %s", counts, what, self.reasons())

@@ -94,6 +94,7 @@ class Decoder:
             chat_template_kwargs=options.chat_template_kwargs,
             pause_token_id=self.model.pause_id,
             vocab_size=self.model.vocab_size,
+            eos_ids=self.model.eos_ids,
         )
 
     def start(self) -> None:

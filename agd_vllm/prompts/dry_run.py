@@ -56,6 +56,8 @@ def dry_run(items: Iterable[InputRow | RowError], preparer: Preparer, console: C
     Nothing that a row says acts on the terminal: its text is never read as markup, and control characters are escaped.
     """
     counts = DryRun()
+    warnings: list[str] = []
+    preparer.warn = warnings.append
     refusals: list[tuple[int, str | None, str]] = []
     kinds: Counter[str] = Counter()
     for item in items:
@@ -69,6 +71,7 @@ def dry_run(items: Iterable[InputRow | RowError], preparer: Preparer, console: C
                 line, row_id, kind, reason = item.line, item.id, refusal.type, str(refusal)
             else:
                 counts.add(prepared)
+                preparer.warn_of_region(item, prepared)
                 if counts.usable <= show:
                     _print_row(item, prepared, preparer, console)
                 continue
@@ -77,6 +80,8 @@ def dry_run(items: Iterable[InputRow | RowError], preparer: Preparer, console: C
         if len(refusals) < _REASONS_SHOWN:
             refusals.append((line, row_id, reason))
     _print_counts(counts, refusals, kinds, preparer.guided, console)
+    for warning in warnings:
+        _print(console, Text(f"  warning: {_inert(warning)}", style="yellow"))
     return counts
 
 

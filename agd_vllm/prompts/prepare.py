@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -12,6 +14,8 @@ from agd_vllm.prompts.template import ChatTemplate, Rendered, raw_prompt
 from agd_vllm.prompts.tokenizer import ChatTokenizer, Tokens
 from agd_vllm.records import InputRow, PreparedRow, Roi, RowRefused, Selector
 
+log = logging.getLogger("agd_vllm")
+
 
 class Preparer:
     """Applies one run's settings to its rows.
@@ -20,7 +24,8 @@ class Preparer:
     pairs, are part of every region; a row with neither is decoded unguided. Not `guided`, no region is looked at.
     `max_tokens` is for rows that name none. `max_model_len` bounds prompt and output together, in tokens.
     `pause_token_id` is the token by which the gate stops the engine, so no prompt may hold it. `vocab_size` is the
-    model's: a tokenizer may know tokens beyond it.
+    model's: a tokenizer may know tokens beyond it. `eos_ids` end a row.
+    What is no fault of a row but hardly meant goes to `warn`, each kind once, with the first row of it.
     Raises ValueError for `chat_template_kwargs` that are no variables of a template.
     """
 
@@ -36,7 +41,10 @@ class Preparer:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         pause_token_id: int | None = None,
         vocab_size: int | None = None,
+        eos_ids: frozenset[int] = frozenset(),
     ):
+        self.warn: Callable[[str], None] = log.warning
+        self._warned: set[str] = set()
         self.guided = guided
         self._template = ChatTemplate(tokenizer)
         self._tokenizer = ChatTokenizer(tokenizer)
@@ -48,6 +56,8 @@ class Preparer:
         self._kwargs = dict(chat_template_kwargs or {})
         self._pause_token_id = pause_token_id
         self._vocab_size = vocab_size
+        self._eos_ids = eos_ids
+        self._unseen = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         if reserved := self._template.reserved(self._kwargs):
             raise ValueError(f"chat template kwargs cannot set {', '.join(reserved)}; the model or agd-vllm sets it")
 
@@ -75,15 +85,54 @@ class Preparer:
                 f"min_tokens is {min_tokens}, but at most {max_tokens} tokens can be generated "
                 "(max_tokens, or what the prompt leaves of --max-model-len)",
             )
+        roi = self._region(row, rendered, tokens)
+        self._warn_of_doubled_tokens(row, tokens)
+        self._warn_of_stop_strings(row)
         return PreparedRow(
             id=row.id,
             prompt_token_ids=tokens.ids,
-            roi=self._region(row, rendered, tokens),
+            roi=roi,
             max_tokens=max_tokens,
             min_tokens=min_tokens,
             stop=row.stop,
             stop_token_ids=row.stop_token_ids,
         )
+
+    def warn_of_region(self, row: InputRow, prepared: PreparedRow) -> None:
+        """Warns of a region with the prompt's first token, which draws much of all attention, whatever it says."""
+        if prepared.roi.spans and prepared.roi.spans[0].start == 0:
+            self._say_once(
+                "region",
+                row,
+                "the region holds the prompt's first token; all tokens attend to it whatever it says, which skews the "
+                "scores; begin the region later (this tokenizer puts no BOS token before the prompt)",
+            )
+
+    def _say_once(self, kind: str, row: InputRow, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            self.warn(f"row {row.id!r}: {message} (said once, of the first such row)")
+
+    def _warn_of_doubled_tokens(self, row: InputRow, tokens: Tokens) -> None:
+        if row.prompt is not None and (token := self._tokenizer.doubled_token(tokens)):
+            self._say_once(
+                "doubled",
+                row,
+                f"the prompt spells out {token}, which the tokenizer adds as well, so it stands there twice; "
+                "leave it out of the prompt",
+            )
+
+    def _warn_of_stop_strings(self, row: InputRow) -> None:
+        for stop in row.stop if "stop" not in self._warned else ():
+            for token, i in self._unseen.items():
+                if token in stop and i not in self._eos_ids and i not in row.stop_token_ids:
+                    shown = json.dumps(stop, ensure_ascii=False)
+                    self._say_once(
+                        "stop",
+                        row,
+                        f"the stop string {shown} holds the special token {token}, which the text leaves out, so the "
+                        f"row does not stop there; give stop_token_ids [{i}]",
+                    )
 
     def encode(self, row: InputRow) -> tuple[Rendered, Tokens]:
         """The row's prompt as text and as tokens. Raises RowRefused."""

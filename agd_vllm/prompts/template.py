@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from agd_vllm.prompts.traced import Run, Traced, keep_traces, traced_messages
 from agd_vllm.records import RowRefused
 
 # Marks that rows cannot guess, so that no text of theirs is ever mistaken for one. They never reach a prompt.
@@ -61,6 +64,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self._tokenizer = tokenizer
+        self._control_tokens = [token.content for token in control_tokens(tokenizer).values()]
         # Arguments of the renderer, and names of special tokens: no variables for a user to set.
         self._reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"documents"}
         self._reserved |= {"messages", *tokenizer.special_tokens_map}
@@ -106,23 +110,60 @@ class ChatTemplate:
     ) -> tuple[dict[int, list[Place]], dict[int, str]]:
         """Finds each content in `text` by rendering again with the contents wrapped between marks.
 
-        All are wrapped at once. A template that looks into a message may then go another way: each is tried alone.
+        A template that looks into a message may then go another way. Such a one is given contents that trace where
+        they go; what it makes of them without leaving a trace is tried between marks once more. However many messages
+        there are, they are rendered four times at most.
         """
         filled = [i for i, message in enumerate(messages) if message["content"]]
         faults = {i: "is empty" for i in range(len(messages)) if i not in filled}
         found = self._align(text, messages, kwargs, filled)
         if found is None:
-            found = {}
-            for i in filled:
-                alone = self._align(text, messages, kwargs, [i])
-                if alone is None:
-                    faults[i] = "is changed by the chat template"
-                else:
-                    found.update(alone)
+            found, changed = self._trace(text, messages, kwargs)
+            faults.update(dict.fromkeys(changed, "is changed by the chat template"))
+            # Text that has lost its traces may be anywhere: what could act as a control token must be proven to lie
+            # where it was found, and nowhere else.
+            spelled = [i for i in filled if i not in changed and self._spells_control_token(messages[i]["content"])]
+            untraced = [i for i in filled if i not in found and i not in changed and i not in spelled]
+            for suspects in filter(None, (spelled, untraced)):
+                proven = self._align(text, messages, kwargs, suspects)
+                if proven is None:
+                    faults.update(dict.fromkeys(suspects, "is changed or left out by the chat template"))
+                found = {i: places for i, places in found.items() if i not in suspects} | (proven or {})
         for i in filled:
             if i not in found:
                 faults.setdefault(i, "is left out by the chat template")
         return found, faults
+
+    def _spells_control_token(self, content: str) -> bool:
+        return any(token in content for token in self._control_tokens)
+
+    def _trace(
+        self, text: str, messages: Messages, kwargs: Mapping[str, Any]
+    ) -> tuple[dict[int, list[Place]], set[int]]:
+        """Places of the messages that stand in `text` word for word, and which ones stand there in part, somewhere."""
+        try:
+            keep_traces(self._tokenizer)
+            traced = self._apply(traced_messages(messages), kwargs)
+        except Exception:  # it rendered the real contents, so it is the tracing that it cannot bear
+            return {}, set()
+        runs = traced.runs if isinstance(traced, Traced) and traced == text else ()
+        found: dict[int, list[Place]] = {}
+        changed: set[int] = set()
+        for i, group in itertools.groupby(range(len(runs)), key=lambda index: runs[index].message):
+            indices = list(group)
+            # What other messages have written is none of this one's, however it reads.
+            free = runs[indices[0] - 1].end if indices[0] else 0
+            limit = runs[indices[-1] + 1].start if indices[-1] + 1 < len(runs) else len(text)
+            for run in (runs[index] for index in indices):
+                if run.start < free:
+                    continue
+                place = _whole(messages[i]["content"], text, run, free, limit)
+                if place is None:
+                    changed.add(i)
+                else:
+                    found.setdefault(i, []).append(place)
+                    free = place.end
+        return {i: places for i, places in found.items() if i not in changed}, changed
 
     def _align(
         self, text: str, messages: Messages, kwargs: Mapping[str, Any], wrapped: list[int]
@@ -154,10 +195,25 @@ class ChatTemplate:
         return None
 
 
+def control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, AddedToken]:
+    """Added tokens that are flagged as special, or that the tokenizer names (its EOS)."""
+    named = set(tokenizer.all_special_ids)
+    return {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special or i in named}
+
+
 def one_line(error: Exception) -> str:
     """The words of an error on one line, cut where they grow long."""
     line = " ".join(str(error).split()) or type(error).__name__
     return line if len(line) <= 300 else line[:297] + "..."
+
+
+def _whole(content: str, text: str, run: Run, begin: int, end: int) -> Place | None:
+    """The place of a message that a run of it belongs to, if it stands there whole, between `begin` and `end`."""
+    for offset, form in sorted(_forms(content), key=lambda form: -len(form[1])):
+        start = run.start - run.offset + offset
+        if begin <= start <= run.start and run.end <= start + len(form) <= end and text.startswith(form, start):
+            return Place(start, start + len(form), offset)
+    return None
 
 
 def _forms(content: str) -> Iterator[tuple[int, str]]:

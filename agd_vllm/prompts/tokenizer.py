@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from agd_vllm.prompts.template import Rendered, one_line
+from agd_vllm.prompts.template import Rendered, control_tokens, one_line
 from agd_vllm.records import RowRefused
 
 _NONCE = secrets.token_hex(8)  # in the stand-ins of control tokens, so that no row can write one
@@ -67,8 +67,7 @@ class ChatTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self._tokenizer = tokenizer
-        named = set(tokenizer.all_special_ids)
-        self._control = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.special or i in named}
+        self._control = control_tokens(tokenizer)
         self._inert: _Inert | None = None
         _cover_whitespace(tokenizer)
 
@@ -95,6 +94,15 @@ class ChatTokenizer:
             if before >= 0 and own[before][1] > start:
                 return self._encode_inert(rendered.text, own)
         return tokens
+
+    def doubled_token(self, tokens: Tokens) -> str | None:
+        """A special token that a raw prompt begins or ends with, and that the tokenizer has added to it there."""
+        lying = [index for index, (start, end) in enumerate(tokens.offsets) if start < end]
+        if not lying:
+            return None
+        first, last = lying[0], lying[-1]
+        ends = ((tokens.ids[first], tokens.ids[:first]), (tokens.ids[last], tokens.ids[last + 1 :]))
+        return next((self._control[i].content for i, added in ends if i in added and i in self._control), None)
 
     def spells_special_token(self, value: Any) -> str | None:
         """The first special token spelled out anywhere in a JSON value, or None."""

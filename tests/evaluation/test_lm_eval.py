@@ -10,6 +10,8 @@ from lm_eval.api.instance import Instance
 
 from agd_vllm.cli import main
 from agd_vllm.evaluation.lm_eval import AGDModel, RequestRefused
+from agd_vllm.pipeline.decoder import Decoder
+from agd_vllm.records import DecodedRow, InputRow, RowError
 
 TASK = """
 task: capitals
@@ -85,6 +87,68 @@ def test_requests_become_rows(model):
     assert row(model, model.apply_chat_template([user, user]), until=["", "x"])["roi"] == [{"message": 1}]
     prompt = row(model, "Q: Hi", until=[], do_sample=False, temperature=0.0)
     assert (prompt["prompt"], prompt["roi"], prompt["max_tokens"]) == ("Q: Hi", [{"chars": [0, 5]}], 256)
+
+
+@pytest.mark.parametrize(
+    ("contents", "index"),
+    [(("", "Hi"), 1), (("", ""), 0), (("Be brief.", ""), None)],
+)
+def test_the_region_is_a_message_that_says_something(model, contents, index):
+    roles = ("system", "user", "assistant")
+    chat = [{"role": role, "content": content} for role, content in zip(roles, (*contents, "Yes"), strict=True)]
+    region = {"role": "system"} if index is None else {"message": index}
+    assert row(model, model.apply_chat_template(chat), until=[])["roi"] == [region]
+    assert row(model, model.apply_chat_template(chat[2:]), until=[])["roi"] == [{"message": 0}]
+
+
+class _Decodes:
+    """Stands in for engines: what reaches them is answered with its prompt, but for the id `fails`."""
+
+    def __init__(self, monkeypatch, fails=None):
+        self.started, self.rows, self._fails = 0, [], fails
+        monkeypatch.setattr(Decoder, "start", lambda decoder: setattr(self, "started", self.started + 1))
+        monkeypatch.setattr(Decoder, "outcomes", lambda decoder, items: self._outcomes(items))
+
+    def _outcomes(self, items):
+        for item in reversed(list(items)):
+            assert isinstance(item, InputRow)
+            self.rows.append(item.id)
+            if item.id == self._fails:
+                yield RowError(item.raw, item.line, item.id, "engine", "vLLM gave no token")
+            else:
+                text = item.prompt or item.messages[-1]["content"]
+                yield DecodedRow(item.id, text, [1], [1], (), "stop", [])
+
+
+def requests(*contexts):
+    settings = {"until": ["\n"], "max_gen_toks": 4}
+    return [Instance("generate_until", {}, (context, settings), i) for i, context in enumerate(contexts)]
+
+
+def test_requests_that_cannot_be_decoded_have_empty_answers(monkeypatch, caplog, smollm2):
+    model = AGDModel(str(smollm2), max_model_len=64)
+    engines = _Decodes(monkeypatch, fails="4")
+    cached = []
+    monkeypatch.setattr(model.cache_hook, "add_partial", lambda kind, args, answer: cached.append((args[0], answer)))
+    chat = model.apply_chat_template([{"role": "user", "content": "Hi"}])
+    empty_chat = model.apply_chat_template([{"role": "system", "content": ""}, {"role": "user", "content": ""}])
+    answers = model.generate_until(requests("a", "long " * 100, "", "b", "c", empty_chat, chat, "d"))
+    assert answers == ["a", "", "", "b", "", "", "Hi", "d"]
+    assert engines.rows == ["7", "6", "4", "3", "0"]
+    assert cached == [("d", "d"), (chat, "Hi"), ("b", "b"), ("a", "a")]
+    before, after = (record.getMessage() for record in caplog.records)
+    assert before.startswith("3 of 8 requests cannot be decoded, their answers are empty; request 1: the prompt has 1")
+    assert "; request 2: prompt must be a non-empty string" in before
+    assert after == "1 of 8 requests could not be decoded, their answers are empty; request 4: vLLM gave no token"
+
+
+def test_where_no_request_can_be_decoded_nothing_is_loaded(monkeypatch, smollm2):
+    model = AGDModel(str(smollm2), max_model_len=64)
+    engines = _Decodes(monkeypatch)
+    with pytest.raises(RequestRefused, match=r"^none of the 2 requests can be decoded; request 0: .*; request 1: "):
+        model.generate_until(requests("long " * 100, ""))
+    assert not engines.started
+    assert model.generate_until([]) == []
 
 
 def test_a_region_that_is_named_is_the_region(smollm2):

@@ -21,8 +21,8 @@ def chat(id, system, question="what is the weather like?", **settings):
     return InputRow(id=id, messages=(*messages, {"role": "user", "content": question}), **settings)
 
 
-def shown(items, show=3, terminal=False, guided=True, default_roi=SYSTEM):
-    preparer = Preparer(tiny("byte_level"), default_roi=default_roi, guided=guided, max_tokens=8)
+def shown(items, show=3, terminal=False, guided=True, default_roi=SYSTEM, kind="byte_level"):
+    preparer = Preparer(tiny(kind), default_roi=default_roi, guided=guided, max_tokens=8)
     console = Console(
         file=io.StringIO(), width=40, force_terminal=terminal, color_system="truecolor" if terminal else None
     )
@@ -73,6 +73,28 @@ def test_rows_without_a_region_are_counted_apart():
     counts, text = shown([chat("c", "Answer in French.", roi=SYSTEM), *plain], default_roi=None)
     assert (counts.usable, counts.without_region) == (3, 2)
     assert "region tokens    min 4, mean 4.0, max 4 a row\n" in text
+
+
+def test_warnings_are_said_once_at_the_end():
+    rows = [
+        InputRow(id=id, prompt="Answer in French.", roi=(Selector(text=text),), stop=("<|start|>",))
+        for id, text in (("a", "French"), ("b", "Answer"), ("c", "Answer"))
+    ]
+    _, text = shown(rows)
+    *_, stop, region = text.splitlines()
+    assert stop.startswith("  warning: row 'a': the stop string")
+    assert region.startswith("  warning: row 'b': the region holds the prompt's first token")
+    assert text.count("warning:") == 2
+
+
+def test_a_region_at_the_start_of_a_prompt_is_no_matter_behind_a_bos_token():
+    counts, text = shown(
+        [InputRow(id="a", prompt="Answer in French.", roi=(Selector(chars=(0, 6)),))], kind="wordpiece"
+    )
+    assert counts.region_tokens == 1
+    assert "warning:" not in text
+    assert "warning:" in shown([InputRow(id="a", prompt="Answer", roi=(Selector(chars=(0, 6)),))])[1]
+    assert "warning:" not in shown([chat("a", "Answer in French.")])[1]
 
 
 def test_greedy_shows_no_region():

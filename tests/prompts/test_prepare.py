@@ -209,3 +209,57 @@ def test_a_prompt_that_can_only_be_too_long_is_refused_before_it_is_tokenized(mo
     monkeypatch.setattr(ours._tokenizer, "encode", lambda rendered: pytest.fail("it was tokenized"))
     with pytest.raises(RowRefused, match="characters"):
         ours.prepare(huge)
+
+
+# Warnings
+
+
+def warnings_of(rows, tokenizer=None, **settings):
+    """What is said while the rows are prepared."""
+    ours = Preparer(
+        tokenizer or tiny("byte_level"), **{"default_roi": None, "guided": True, "max_tokens": 8, **settings}
+    )
+    said = []
+    ours.warn = said.append
+    for row in rows:
+        ours.prepare(row)
+    return said
+
+
+@pytest.mark.parametrize("prompt", ["<s> Answer in French.", "Answer in French.<|end|>", "<s>"])
+def test_a_special_token_that_the_prompt_spells_and_the_tokenizer_adds_is_said_once(prompt):
+    rows = [InputRow(id="a\n", prompt=prompt), InputRow(id="b", prompt=prompt)]
+    (said,) = warnings_of([PROMPT, *rows], tiny("wordpiece"))
+    token = "<|end|>" if prompt.endswith("<|end|>") else "<s>"
+    assert said.startswith(f"row 'a\\n': the prompt spells out {token}, which the tokenizer adds as well")
+    assert "leave it out of the prompt" in said
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "byte_level"])
+def test_a_special_token_that_stands_there_once_is_no_matter(kind):
+    rows = [InputRow(id="a", prompt=prompt) for prompt in ("Answer <s> in French.", "<|end|> x <s>", "Answer")]
+    rows += [InputRow(id="b", prompt="<s> Answer")] if kind == "byte_level" else []
+    assert not warnings_of(rows, tiny(kind))
+
+
+def test_a_stop_string_that_the_text_never_holds_is_said_once():
+    rows = [dataclasses.replace(PROMPT, stop=("x", stop)) for stop in ("a<|start|>\n", "<|pad|>")]
+    (said,) = warnings_of([PROMPT, *rows])
+    assert said.startswith(
+        "row 'c': the stop string \"a<|start|>\\n\" holds the special token <|start|>, which the text"
+    )
+    assert "give stop_token_ids [2]" in said
+
+
+def test_a_special_token_that_ends_the_row_may_be_a_stop_string():
+    row = dataclasses.replace(PROMPT, stop=("<|end|>", "<|start|>"), stop_token_ids=(2,))
+    assert not warnings_of([row], eos_ids=frozenset({3}))
+    assert warnings_of([row])
+
+
+def test_warnings_go_to_the_log(caplog):
+    ours = preparer(default_roi=None)
+    for _ in range(2):
+        ours.prepare(dataclasses.replace(PROMPT, stop=("<|start|>",)))
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("agd_vllm", "WARNING")

@@ -1,11 +1,12 @@
 """Templates, rendered and tokenized: the plain call's tokens, messages where they stand, words that stay words."""
 
+import itertools
 import shutil
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import KINDS, QUESTIONS, SPECIAL, TEMPLATES, byte_level, tiny, with_flags, wrapped
+from tiny_tokenizers import KINDS, SPECIAL, TEMPLATES, byte_level, tiny, with_flags, wrapped
 from tokenizers import Tokenizer, models, trainers
 from transformers import ByT5Tokenizer
 
@@ -226,21 +227,105 @@ def test_a_template_that_looks_into_one_message_hides_only_that_one():
     assert shown == ["Be brief.", "Why?", "Really?"]
 
 
-def test_a_template_that_treats_some_messages_apart_hides_only_those():
+def shown_contents(rendered):
+    return [[rendered.text[place.start : place.end] for place in places] for places in rendered.places]
+
+
+def test_a_template_that_treats_some_messages_apart_hides_none():
     """With marks around them, questions would be no questions: the text is another, in the middle and at the end."""
     contents = ["Say Hi", "Why?", "Go on", "Really?"]
     messages = [
         {"role": role, "content": content} for role, content in zip(["user", "assistant"] * 2, contents, strict=True)
     ]
-    tokenizer = wrapped(byte_level(False), QUESTIONS)
     for count in (2, 3, 4):
         given = [*messages[:count], {"role": "user", "content": "Now"}]
-        rendered = ChatTemplate(tokenizer).render(given, {})
-        assert set(rendered.faults) == {i for i in range(count) if contents[i].endswith("?")}
-        shown = [rendered.text[place.start : place.end] for places in rendered.places for place in places]
-        assert shown == [text for text in [*contents[:count], "Now"] if not text.endswith("?")]
-    rendered = ChatTemplate(tokenizer).render([{"role": "user", "content": "Really?"}], {})
-    assert rendered.faults == {0: "is changed by the chat template"}
+        rendered = ChatTemplate(tiny("byte_level", "questions")).render(given, {})
+        assert not rendered.faults
+        assert shown_contents(rendered) == [[text] for text in [*contents[:count], "Now"]]
+
+
+def chat(*contents, system="Be brief."):
+    roles = itertools.cycle(["user", "assistant"])
+    turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    return [{"role": "system", "content": system}, *turns]
+
+
+THOUGHTS = "<think>\nLet me see: a </think\n</think>\n\n"
+
+
+@pytest.mark.parametrize("last", [THOUGHTS + "Because.", THOUGHTS + "a ", "Because.", "<think>\n\n</think>\n\nYes"])
+def test_a_last_answer_with_thoughts_is_found(last):
+    messages = chat("Why?", THOUGHTS + "So.", "Really?", last)
+    rendered = ChatTemplate(tiny("byte_level", "qwen3")).render(messages, {})
+    assert rendered.text.endswith(last)
+    assert rendered.faults == {2: "is changed by the chat template"}
+    assert shown_contents(rendered) == [["Be brief."], ["Why?"], [], ["Really?"], [last]]
+
+
+def test_thoughts_that_the_template_writes_in_another_way_are_not_found():
+    messages = chat("Why?", "<think>Let me see</think>So.", "<tool_response>x</tool_response>")
+    rendered = ChatTemplate(tiny("byte_level", "qwen3")).render(messages, {})
+    assert "<think>\nLet me see\n</think>\n\nSo." in rendered.text
+    assert rendered.faults == {2: "is changed by the chat template"}
+
+
+@pytest.mark.parametrize("template", ["qwen3", "thinking", "questions"])
+@pytest.mark.parametrize("turns", [4, 400])
+def test_long_chats_are_rendered_a_few_times_only(monkeypatch, template, turns):
+    tokenizer = tiny("byte_level", template)
+    contents = ["What is 1?", THOUGHTS + "It is 1.", "Go on?", "No?"] * (turns // 4)
+    messages = [*chat(*contents), {"role": "user", "content": "And <|end|> now?"}]
+    calls = []
+    apply = type(tokenizer).apply_chat_template
+    monkeypatch.setattr(
+        tokenizer, "apply_chat_template", lambda *given, **kwargs: calls.append(1) or apply(tokenizer, *given, **kwargs)
+    )
+    rendered = ChatTemplate(tokenizer).render(messages, {})
+    assert len(calls) <= 4
+    assert len(rendered.faults) <= turns // 4 + 1
+    shown = shown_contents(rendered)
+    assert all(shown[i] == [message["content"]] for i, message in enumerate(messages) if i not in rendered.faults)
+
+
+LOSSY = "{% set c = m.content %}{{ c ~ '!' if c.endswith('?') else c }}"
+
+
+def test_an_untraced_copy_cannot_smuggle_a_control_token_in():
+    """The template looks into its messages, and writes some of them a second time without a trace."""
+    tokenizer = wrapped(byte_level(False), "{% for m in messages %}" + LOSSY + "{{ [c] | join }}{% endfor %}")
+    template, encoder = ChatTemplate(tokenizer), ChatTokenizer(tokenizer)
+    rendered = template.render([{"role": "user", "content": "What is <|end|>?"}], {})
+    with pytest.raises(RowRefused, match=r"spells out the special token <\|end\|> and is changed or left out"):
+        encoder.encode(rendered)
+    # Where it does not look, every copy is proven to be one.
+    rendered = template.render([{"role": "user", "content": "This is <|end|>."}], {})
+    assert shown_contents(rendered) == [["This is <|end|>.", "This is <|end|>."]]
+    assert tokenizer.eos_token_id not in encoder.encode(rendered).ids
+
+
+def test_messages_without_a_trace_are_found_beside_one_that_the_template_looks_into():
+    loop = "{% for m in messages %}{% if loop.first %}" + LOSSY + "{% else %}{{ [m.content, ''] | join }}{% endif %}"
+    tokenizer = wrapped(byte_level(False), loop + "<|end|>{% endfor %}")
+    messages = [{"role": "user", "content": content} for content in ("Why?", "Say", "Hi")]
+    rendered = ChatTemplate(tokenizer).render(messages, {})
+    assert not rendered.faults
+    assert shown_contents(rendered) == [["Why?"], ["Say"], ["Hi"]]
+
+
+def test_messages_that_are_not_found_are_hidden_with_the_reason():
+    body = "{% if loop.first %}" + LOSSY + "{% elif m.role == 'user' %}{{ m.content | upper }}{% endif %}"
+    tokenizer = wrapped(byte_level(False), "{% for m in messages %}" + body + "{% endfor %}")
+    first, user, assistant = (
+        {"role": role, "content": f"Say {i}?"} for i, role in enumerate(["user", "user", "assistant"])
+    )
+    template = ChatTemplate(tokenizer)
+    assert template.render([first, assistant, first], {}).faults == dict.fromkeys(
+        (1, 2), "is changed or left out by the chat template"
+    )
+    assert template.render([first, user, first], {}).faults.keys() == {1, 2}
+    assert template.render([user, assistant, {**assistant, "role": "system"}], {}).faults == dict.fromkeys(
+        (1, 2), "is left out by the chat template"
+    )
 
 
 def test_an_open_answer_is_continued():
