@@ -81,12 +81,12 @@ class Run:
 
 @pytest.fixture(scope="session")
 def command_run(smollm2, tmp_path_factory) -> Run:
-    """A good row, every kind of bad one, then short-* and 24 of the demo by their numbers, as in test_chaos.py. In a
+    """A good row, every kind of bad one, then short-* and 16 of the demo by their numbers, as in test_chaos.py. In a
     cache of 19 blocks of 32 tokens, traced (trace.json beside the folder)."""
     folder = tmp_path_factory.mktemp("command")
     data, output = folder / "rows.jsonl", folder / "out"
     bad = [b"", *(text.encode() for text in BAD.values()), b'{"id": "utf8", "prompt": "\xff"}']
-    good = [json.dumps(row).encode() for row in (*short_rows(), *demo_rows(24))]
+    good = [json.dumps(row).encode() for row in (*short_rows(), *demo_rows(16))]
     data.write_bytes(b"\n".join([json.dumps(GOOD).encode(), *bad, *good]) + b"\n")
     arguments = ["decode", str(data), "--model", str(smollm2), "--output", str(output), "--dtype", "float32"]
     arguments += ["--max-tokens", f"{TOKENS}", "--max-model-len", "608", "--trace", str(folder / "trace.json")]

@@ -191,7 +191,7 @@ def test_bad_rows_are_reported_and_the_rest_is_decoded(capsys, command_run):
         assert ("nothing left to decode" in err) == (invocation == 1)
         assert ("1 engine on " in err and "1 attribution worker on " in err) == (invocation == 0)
         results = pq.read_table(output / "results").to_pylist()
-        good = {"good", *(row["id"] for row in (*short_rows(), *demo_rows(24)))}
+        good = {"good", *(row["id"] for row in (*short_rows(), *demo_rows(16)))}
         assert {row["id"] for row in results} == good
         errors = [json.loads(line) for line in (output / "errors.jsonl").read_text().splitlines()]
         assert [error["line"] for error in sorted(errors, key=lambda e: e["line"])] == list(range(3, 4 + len(BAD)))

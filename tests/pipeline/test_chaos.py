@@ -10,7 +10,7 @@ from chaos import INTERRUPTED, ChaosRun, await_end, family, undisturbed, unleash
 def test_a_run_survives_the_death_of_its_driver_and_a_worker(smollm2, command_run, tmp_path):
     """Of an engine: test_decoder.py. Of each part in one run, which takes minutes: below."""
     kills = ["driver", "worker"]
-    result = unleash(smollm2, tmp_path, kills, rows=24, seed=0, calm=command_run.output, delay_s=0.5)
+    result = unleash(smollm2, tmp_path, kills, rows=16, seed=0, calm=command_run.output, delay_s=0.5)
     assert not result["kills_left"]
     assert result["launches"] == 2
     assert result["faults"]["worker_restarts"] >= 1
