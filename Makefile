@@ -14,13 +14,15 @@ demo: $(VENV)/.ready $(MODEL)/model.safetensors
 	@$(BIN)/agd-vllm decode examples/demo.jsonl --model $(MODEL) --output runs/demo --max-model-len 2048 \
 		--engine-arg enforce_eager=true
 
-# Two files at a time: most of the time goes to engines that start, on one core each.
-test: $(VENV)/.ready lint browser $(MODEL)/model.safetensors
-	$(BIN)/python -m pytest tests -m "not long" -n 2 --dist loadfile
+# Two workers with a core each; what they share and take first: tests/conftest.py. The ten slowest are named at the end.
+PYTEST := $(BIN)/python -m pytest tests -n 2 --dist loadgroup --no-loadscope-reorder --durations=10
 
-# What `make test` leaves out for its time: runs of the real thing whose parts other tests cover.
+test: $(VENV)/.ready lint browser $(MODEL)/model.safetensors
+	$(PYTEST) -m "not long"
+
+# What `make test` has a short form of, or covers in parts: runs of the real thing that take minutes.
 long: $(VENV)/.ready $(MODEL)/model.safetensors
-	$(BIN)/python -m pytest tests -m long
+	$(PYTEST) -m long
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

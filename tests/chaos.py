@@ -40,8 +40,15 @@ INTERRUPTED = "agd-vllm: interrupted; the same command goes on where it stopped"
 RAY_AGENTS, RAY_AGENTS_STAY_S = ("ray::DashboardAgent", "ray::RuntimeEnvAgent"), 90
 
 
+def demo_rows(count: int) -> list[dict[str, Any]]:
+    """Short demo rows with their numbers as ids; in each dozen, the longer the later."""
+    demo = [row for row in map(json.loads, DEMO_ROWS.read_text().splitlines()) if "messages" in row]
+    rows = enumerate(itertools.islice(itertools.cycle(demo), count))
+    return [row | {"id": f"{index}", "max_tokens": 12 + 3 * (index % 12)} for index, row in rows]
+
+
 class ChaosRun:
-    """`agd-vllm decode` on short demo rows into `folder`; `rows` of them, the longer the later."""
+    """`agd-vllm decode` on short demo rows into `folder`."""
 
     def __init__(self, model: Path, folder: Path, rows: int, *options: str, scorer: str = "forward"):
         folder.mkdir()
@@ -49,10 +56,7 @@ class ChaosRun:
         self.parts_alive = ("actor",) if scorer == "inline" else ("engine", "worker")
         self.output = folder / "out"
         data = folder / "rows.jsonl"
-        demo = [row for row in map(json.loads, DEMO_ROWS.read_text().splitlines()) if "messages" in row]
-        with data.open("w") as file:
-            for index, row in enumerate(itertools.islice(itertools.cycle(demo), rows)):
-                file.write(json.dumps(row | {"id": f"{index}", "max_tokens": 12 + 3 * (index % 12)}) + "\n")
+        data.write_text("".join(json.dumps(row) + "\n" for row in demo_rows(rows)))
         self._log, self._faults = folder / "log.txt", folder / "faults.jsonl"
         self._command = [sys.executable, "-m", "agd_vllm", "decode", str(data), "--output", str(self.output)]
         self._command += ["--model", str(model), "--dtype", "float32", "--max-model-len", "1024", "--part-rows", "5"]
@@ -76,23 +80,24 @@ class ChaosRun:
     def rows(self) -> int:
         return sum(pq.read_metadata(path).num_rows for path in self.output.glob("results/part-*.parquet"))
 
-    def decoded(self) -> dict[str, tuple[list[int], list[int]]]:
-        """Tokens and guided steps of every row. A row that is there twice fails."""
-        rows = pq.read_table(self.output / "results").to_pylist()
-        steps = sorted((step["id"], step["step"]) for step in pq.read_table(self.output / "steps").to_pylist())
-        assert len(set(steps)) == len(steps), "a guided step twice"
-        found = {row["id"]: (row["token_ids"], []) for row in rows}
-        assert len(found) == len(rows), "a row twice"
-        for name, step in steps:
-            found[name][1].append(step)
-        return found
-
     def faults(self) -> list[str]:
         """The kind of every fault that was logged, over all launches."""
         return [json.loads(line)["kind"] for line in self._faults.read_text().splitlines()]
 
     def log(self) -> str:
         return self._log.read_text()
+
+
+def decoded(output: Path) -> dict[str, tuple[list[int], list[int]]]:
+    """Tokens and guided steps of every row of a run. A row that is there twice fails."""
+    rows = pq.read_table(output / "results").to_pylist()
+    steps = sorted((step["id"], step["step"]) for step in pq.read_table(output / "steps").to_pylist())
+    assert len(set(steps)) == len(steps), "a guided step twice"
+    found = {row["id"]: (row["token_ids"], []) for row in rows}
+    assert len(found) == len(rows), "a row twice"
+    for name, step in steps:
+        found[name][1].append(step)
+    return found
 
 
 def heed_interrupts() -> None:
@@ -139,16 +144,27 @@ def await_end(processes: list[psutil.Process], timeout: float) -> None:
     assert not alive, f"left behind: {[process.name() for process in alive]}"
 
 
-def unleash(
-    model: Path, folder: Path, kills: list[str], rows: int, seed: int, scorer: str = "forward"
-) -> dict[str, Any]:
-    """Runs undisturbed, then with `kills` (names of PARTS, in this order), compares; returns what happened."""
-    rng = random.Random(seed)
-    # With two engines and two workers, which batch rows and steps otherwise: the output must not depend on that either.
-    workers = () if scorer == "inline" else ("--attribution-workers", "2")
-    calm = ChaosRun(model, folder / "calm", rows, "--engines", "2", *workers, scorer=scorer)
-    stormy = ChaosRun(model, folder / "stormy", rows, scorer=scorer)
+def undisturbed(model: Path, folder: Path, rows: int) -> Path:
+    """The output with two engines and two workers, which batch otherwise: the rows must not depend on that either."""
+    calm = ChaosRun(model, folder / "calm", rows, "--engines", "2", "--attribution-workers", "2")
     assert calm.start().wait() == 0, calm.log()
+    return calm.output
+
+
+def unleash(
+    model: Path,
+    folder: Path,
+    kills: list[str],
+    rows: int,
+    seed: int,
+    calm: Path,
+    delay_s: float = 2,
+    scorer: str = "forward",
+) -> dict[str, Any]:
+    """Runs with `kills` (names of PARTS, in this order, each at most `delay_s` after rows have become durable),
+    compares with the rows in the output `calm`, which may hold others, too; returns what happened."""
+    rng = random.Random(seed)
+    stormy = ChaosRun(model, folder / "stormy", rows, scorer=scorer)
     waiting, launches, agents = list(kills), 0, []
     begun = time.monotonic()
     status = None
@@ -157,7 +173,7 @@ def unleash(
         driver, seen, last = stormy.start(), [], None
         before = stormy.parts()
         while waiting and (last is None or PARTS[last] is not None):
-            alive = strike(waiting[0], stormy, driver, at_rows=stormy.rows() + 1, delay=rng.uniform(0, 2))
+            alive = strike(waiting[0], stormy, driver, at_rows=stormy.rows() + 1, delay=rng.uniform(0, delay_s))
             if not alive:
                 break
             last = waiting.pop(0)
@@ -180,8 +196,8 @@ def unleash(
     logged = Counter(stormy.faults())
     # An invocation that is killed outright counts what it logged up to some seconds before.
     assert summary["faults"] == logged or ("driver" in kills[1:] and Counter(summary["faults"]) <= logged)
-    ours, theirs = stormy.decoded(), calm.decoded()
-    assert ours.keys() == theirs.keys(), "rows are missing"
+    ours, theirs = decoded(stormy.output), decoded(calm)
+    assert ours.keys() == {row["id"] for row in demo_rows(rows)}, "rows are missing"
     different = [name for name in ours if ours[name] != theirs[name]]
     assert not different, f"rows differ: {different}"
     return {
@@ -204,15 +220,17 @@ def unleash(
 @click.option("--scorer", type=click.Choice(["forward", "inline"]), default="forward", show_default=True)
 @click.option("--json", "output", required=True)
 def main(model, kills, rows, seed, scorer, output):
-    from benchmarks.machine import describe
+    from benchmarks.machine import write_result
 
     parts = [part for part in PARTS if scorer != "inline" or part not in ("worker", "engine")]
     order = [random.Random(seed + index).choice(parts) for index in range(kills)]
     with tempfile.TemporaryDirectory() as folder:
-        result = unleash(model.absolute(), Path(folder), order, rows, seed, scorer) | {"scorer": scorer}
+        model, folder = model.absolute(), Path(folder)
+        calm = undisturbed(model, folder, rows)
+        result = unleash(model, folder, order, rows, seed, calm, scorer=scorer) | {"scorer": scorer}
     if result["kills_left"]:
         raise click.ClickException(f"the run ended before {len(result['kills_left'])} kills; raise --rows")
-    Path(output).write_text(json.dumps(result | describe(), indent=2) + "\n")
+    write_result(output, result)
     click.echo(json.dumps(result, indent=2))
 
 

@@ -1,6 +1,8 @@
-"""Fixtures shared by all tests: the real demo model, an engine of its own loop, plain vLLM as the oracle."""
+"""Fixtures shared by all tests: the real demo model, engines of their own loop, plain vLLM as the oracle; and which
+tests share a worker of pytest-xdist."""
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -10,20 +12,59 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from agd_vllm.models import demo
 from agd_vllm.records import Gate, PreparedRow
 
-pytest_plugins = ["made_decoding", "tiny_oracle"]
+pytest_plugins = ["made_decoding", "real_runs", "tiny_oracle"]
 # In a process of their own (test_triton_kernels.py): Triton interprets either all or nothing.
 # By hand: TRITON_INTERPRET=1 pytest tests/interpreted
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEMO_ROWS = CHECKOUT / "examples/demo.jsonl"
+# What goes to one worker of pytest-xdist: the tests that ask for one of these fixtures, so that it is made once, and
+# otherwise a file. Workers take these first, in this order, as they take longest: both then end at about the same time.
+GROUPS = {
+    "runs": {"command_run", "job_run"},
+    "tests/pipeline/test_chaos.py": set(),
+    "tight engine": {"tight_engine"},
+    "engine": {"engine"},
+    "tests/pipeline/test_decoder.py": set(),
+    "tests/evaluation/test_evaluate.py": set(),
+    "tests/attribution/test_smollm2.py": set(),
+    "tests/output/test_writer.py": set(),
+}
 # Small and quick to start: no compilation, a cache for a few dozen short rows.
 ENGINE_ARGS = {"enforce_eager": True, "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 29, "max_num_seqs": 32}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A worker of pytest-xdist has cores of its own, and so has all that it starts: vLLM would bind the engines of both
+    workers to the same ones."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None:
+        index, count = int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[index % count :: count] or cores)
+
+
+def group(item: pytest.Item) -> str:
+    if marker := item.get_closest_marker("xdist_group"):
+        return marker.args[0]
+    shared = (name for name, fixtures in GROUPS.items() if not fixtures.isdisjoint(item.fixturenames))
+    return next(shared, item.nodeid.partition("::")[0])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = list(GROUPS)
+    places = {item: order.index(name) if (name := group(item)) in order else len(order) for item in items}
+    items.sort(key=places.__getitem__)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +133,16 @@ def last_candidate(gate: Gate) -> list[float]:
     return [0.0] * (len(gate.candidate_ids) - 1) + [1.0]
 
 
+def vllm_workers() -> set[psutil.Process]:
+    """Processes in which vLLM computes, of this process's engines."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "VLLM::Worker" in " ".join(process.cmdline()):
+                found.add(process)
+    return found
+
+
 class EngineThread:
     """An Engine in an event loop of its own, as in a replica."""
 
@@ -113,7 +164,10 @@ class EngineThread:
         self.engine = Engine(self.info, settings, GateSettings(), Tracer(False))
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        before = vllm_workers()
         self.run(self._start())
+        # A plain engine is stepped in this process.
+        (self.worker,) = vllm_workers() - before or {psutil.Process()}
 
     async def _start(self) -> None:
         self.engine.start()
@@ -149,5 +203,33 @@ class EngineThread:
 @pytest.fixture(scope="module")
 def engine(smollm2):
     thread = EngineThread(smollm2, worker_extension_cls="worker_probe.WorkerProbe")
+    yield thread
+    thread.close()
+
+
+class TightEngine(EngineThread):
+    """Hardly any room: a cache of 139 blocks of 32 tokens, which is one row of max_model_len or two of 2,000 tokens,
+    six sessions, and 48 tokens a step, so that the demo's prompts of 40 to 80 are prefilled in chunks."""
+
+    ALPHA, TOKENS_PER_STEP, SESSIONS = 0.7, 48, 6
+
+    def __init__(self, model: Path):
+        from agd_vllm.pipeline.strategies import Cad, Greedy
+
+        super().__init__(
+            model,
+            (*Cad(self.ALPHA).processors, *Greedy(entropies=True).processors),
+            max_model_len=4224,
+            max_num_batched_tokens=self.TOKENS_PER_STEP,
+            max_num_seqs=self.SESSIONS,
+            block_size=32,
+            num_gpu_blocks_override=140,
+            kv_cache_memory_bytes=None,
+        )
+
+
+@pytest.fixture(scope="session")
+def tight_engine(smollm2):
+    thread = TightEngine(smollm2)
     yield thread
     thread.close()

@@ -257,18 +257,10 @@ def test_a_row_that_kills_its_worker_costs_no_other_row(tmp_path, monkeypatch):
     assert [(found.logit, len(found.tokens)) for found in ended["7"].relevances] == [(2.0, 2), (9.0, 3)]
 
 
-@pytest.fixture(scope="module")
-def decoded_run(smollm2, tmp_path_factory):
-    """A real run: four demo rows of 24 tokens, float32."""
-    folder = tmp_path_factory.mktemp("real")
-    rows = [json.loads(line) | {"max_tokens": 24} for line in DEMO_ROWS.read_text().splitlines()[:4]]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-m", "agd_vllm", "decode", str(folder / "rows.jsonl"), "--model", str(smollm2)]
-    command += ["--output", str(folder / "run"), "--dtype", "float32", "--max-model-len", "512"]
-    command += ["--engine-arg", "enforce_eager=true"]
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
+@pytest.fixture
+def decoded_run(job_run, tmp_path):
+    """A real run: six rows of 24 tokens, float32."""
+    return shutil.copytree(job_run.output, tmp_path / "run")
 
 
 def test_relevance_adds_up_to_the_scores_that_guided_a_real_run(decoded_run):

@@ -2,20 +2,18 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from chaos import demo_rows
 from command_line import fails, run
-from conftest import CHECKOUT, DEMO_ROWS
+from conftest import DEMO_ROWS
+from real_runs import BAD, GOOD, short_rows
 
 from agd_vllm import Decoder
 from agd_vllm.output.summary import open_run
 from agd_vllm.pipeline.run import RunSettings, run_identity
-
-GOOD = {"id": "good", "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]}
 
 
 @pytest.fixture
@@ -162,29 +160,6 @@ def test_unknown_demo_model(capsys, tmp_path):
     assert "smollm2-135m-instruct" in fails(capsys, 2, "model", "fetch", "gpt-5", "--output", str(tmp_path / "m"))
 
 
-ROI = [{"message": 0}]
-BAD = {
-    "malformed": '{"id": "x", ',
-    "not an object": "[1, 2]",
-    "no id": json.dumps({"prompt": "Hi"}),
-    "duplicate id": json.dumps(GOOD),
-    "both": json.dumps({**GOOD, "id": "both", "prompt": "Hi"}),
-    "neither": json.dumps({"id": "neither"}),
-    "unknown role": json.dumps({"id": "role", "messages": [{"role": "wizard", "content": "Hi"}]}),
-    "no messages": json.dumps({"id": "empty", "messages": []}),
-    "no match": json.dumps({**GOOD, "id": "match", "roi": [{"message": 0, "text": "French"}]}),
-    "out of range": json.dumps({**GOOD, "id": "range", "roi": [{"message": 7}]}),
-    "unknown key": json.dumps({**GOOD, "id": "key", "roi": [{"massage": 0}]}),
-    "no region": json.dumps({"id": "region", "messages": [{"role": "user", "content": "Hi"}]}),
-    "temperature": json.dumps({**GOOD, "id": "temperature", "temperature": 0.7}),
-    "n": json.dumps({**GOOD, "id": "n", "n": 2}),
-    "penalty": json.dumps({**GOOD, "id": "penalty", "frequency_penalty": 0.5}),
-    "tools": json.dumps({**GOOD, "id": "tools", "tools": [{"type": "function"}]}),
-    "list content": json.dumps({"id": "list", "messages": [{"role": "user", "content": [{"type": "text"}]}]}),
-    "longer than the model": json.dumps({"id": "long", "prompt": "word " * 900, "roi": [{"chars": [0, 4]}]}),
-}
-
-
 def check_trace(path: Path, guided: int) -> None:
     """Chrome's trace format without its closing bracket: engine steps, and every guided step in one scored batch."""
     events = json.loads(path.read_text().rstrip().rstrip(",") + "]")
@@ -201,44 +176,35 @@ def check_trace(path: Path, guided: int) -> None:
         assert sum(scored) == guided
 
 
-def test_bad_rows_are_reported_and_the_rest_is_decoded(smollm2, tmp_path):
+def test_bad_rows_are_reported_and_the_rest_is_decoded(capsys, command_run):
     """One run over every kind of bad row, in a cache of 19 blocks of 32 tokens, then resumed with nothing to do."""
-    lines = [
-        json.dumps(GOOD).encode(),
-        b"",
-        *(text.encode() for text in BAD.values()),
-        b'{"id": "utf8", "prompt": "\xff"}',
-    ]
-    lines += [json.dumps({**GOOD, "id": f"good-{i}"}).encode() for i in range(24)]
-    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    command = [sys.executable, "-m", "agd_vllm", "decode", str(tmp_path / "rows.jsonl"), "--model", str(smollm2)]
-    command += ["--output", str(tmp_path / "out"), "--max-tokens", "24", "--max-model-len", "608", "--tau", "0.5"]
-    for arg in ("enforce_eager=true", "block_size=32", "num_gpu_blocks_override=20", "max_num_seqs=8"):
-        command += ["--engine-arg", arg]
-    command += ["--trace", str(tmp_path / "trace.json")]
+    arguments, output = command_run.arguments, command_run.output
     for invocation in range(2):
-        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 3, done.stderr
-        assert "Traceback" not in done.stderr
+        done = command_run.done
+        status, err = done.returncode, done.stderr
+        if invocation == 1:
+            status, _, err = run(capsys, *arguments)
+        assert status == 3, err
+        assert "Traceback" not in err
         if invocation == 0:
-            check_trace(tmp_path / "trace.json", pq.read_table(tmp_path / "out/steps").num_rows)
-        assert ("nothing left to decode" in done.stderr) == (invocation == 1)
-        assert ("1 engine on " in done.stderr and "1 attribution worker on " in done.stderr) == (invocation == 0)
-        results = pq.read_table(tmp_path / "out/results").to_pylist()
-        assert {row["id"] for row in results} == {"good", *(f"good-{i}" for i in range(24))}
-        errors = [json.loads(line) for line in (tmp_path / "out/errors.jsonl").read_text().splitlines()]
+            check_trace(output.parent / "trace.json", pq.read_table(output / "steps").num_rows)
+        assert ("nothing left to decode" in err) == (invocation == 1)
+        assert ("1 engine on " in err and "1 attribution worker on " in err) == (invocation == 0)
+        results = pq.read_table(output / "results").to_pylist()
+        good = {"good", *(row["id"] for row in (*short_rows(), *demo_rows(16)))}
+        assert {row["id"] for row in results} == good
+        errors = [json.loads(line) for line in (output / "errors.jsonl").read_text().splitlines()]
         assert [error["line"] for error in sorted(errors, key=lambda e: e["line"])] == list(range(3, 4 + len(BAD)))
         by_line = {error["line"]: error for error in errors}
         for line, (kind, text) in enumerate(BAD.items(), start=3):
             error = by_line[line]
             assert error["error"]["message"].strip(), kind
-            assert error["file"] == str(tmp_path / "rows.jsonl")
+            assert error["file"] == str(command_run.data)
             assert "\n" not in error["error"]["message"]
             assert error["input"] == (json.loads(text) if kind != "malformed" else text)
-        summary = json.loads((tmp_path / "out/summary.json").read_text())
-        assert (summary["rows"], summary["decoded"], summary["failed"]) == (26 + len(BAD), 25, 1 + len(BAD))
-        assert summary["guided_steps"] == pq.read_table(tmp_path / "out/steps").num_rows > 0
+        summary = json.loads((output / "summary.json").read_text())
+        counts = (summary["rows"], summary["decoded"], summary["failed"])
+        assert counts == (len(good) + 1 + len(BAD), len(good), 1 + len(BAD))
+        assert summary["guided_steps"] == pq.read_table(output / "steps").num_rows > 0
 
-    different = subprocess.run([*command, "--tau", "0.7"], cwd=CHECKOUT, capture_output=True, text=True, timeout=500)
-    assert different.returncode == 2
-    assert "tau" in different.stderr
+    assert "tau" in fails(capsys, 2, *arguments, "--tau", "0.7")

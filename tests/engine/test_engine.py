@@ -176,13 +176,20 @@ def test_nan_scores_fall_back_to_the_greedy_token_and_are_counted(engine, rows, 
     assert engine.faults.counts["nan_scores"] == sum(row.num_guided for row in decoded) > 0
 
 
-@pytest.mark.parametrize("scheduling", ["one step at a time", pytest.param("async", marks=pytest.mark.long)])
-def test_model_runner_v2_decodes_alike(engine, smollm2, tmp_path, scheduling):
+@pytest.mark.parametrize(
+    ("scheduling", "count", "max_tokens"),
+    [
+        ("one step at a time", 4, 12),
+        pytest.param("one step at a time", 6, 24, marks=pytest.mark.long),
+        pytest.param("async", 6, 24, marks=pytest.mark.long),
+    ],
+)
+def test_model_runner_v2_decodes_alike(engine, smollm2, tmp_path, scheduling, count, max_tokens):
     """The runner that GPUs have, its kernels interpreted: prompts in chunks, and blocks for a few rows at a time."""
     job = {
         "model": str(smollm2),
-        "count": 6,
-        "max_tokens": 24,
+        "count": count,
+        "max_tokens": max_tokens,
         "engine_args": {
             "async_scheduling": scheduling == "async",
             "max_model_len": 256,
@@ -200,7 +207,7 @@ def test_model_runner_v2_decodes_alike(engine, smollm2, tmp_path, scheduling):
     result = json.loads((tmp_path / "rows.json").read_text())
     assert (result["v2"], result["async"]) == (True, scheduling == "async")
     expected = outcomes(engine, smollm2, job["count"], job["max_tokens"])
-    assert sum(len(row["steps"]) for row in expected) > 40
+    assert sum(len(row["steps"]) for row in expected) > 0.28 * count * max_tokens
     for ours, theirs in zip(result["rows"], expected, strict=True):
         assert (ours["token_ids"], ours["finish_reason"]) == (theirs["token_ids"], theirs["finish_reason"])
         for (step, entropy, *candidates), (its_step, its_entropy, *its_candidates) in zip(

@@ -7,7 +7,7 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
-from chaos import unleash
+from chaos import undisturbed, unleash
 from conftest import CHECKOUT, DEMO_ROWS
 
 # A region of its own for the same prompt, last: cached blocks of the one must not serve the other.
@@ -118,7 +118,8 @@ def test_the_demo_is_that_of_the_workers(smollm2, tmp_path, tau):
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_run_survives_the_death_of_each_part(smollm2, tmp_path):
-    """`make chaos SCORER=inline` has thirty kills."""
-    result = unleash(smollm2, tmp_path, ["driver", "actor", "actor"], rows=30, seed=0, scorer="inline")
+    """Against an undisturbed run with workers; `make chaos SCORER=inline` has thirty kills."""
+    calm = undisturbed(smollm2, tmp_path, rows=30)
+    result = unleash(smollm2, tmp_path, ["driver", "actor", "actor"], rows=30, seed=0, calm=calm, scorer="inline")
     assert not result["kills_left"]
     assert result["faults"]["engine_restarts"] >= 2

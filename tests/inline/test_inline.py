@@ -4,7 +4,6 @@ guided steps, the same scores. Float32 throughout."""
 import asyncio
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -100,9 +99,7 @@ def decode(model: Path, folder: Path, runs: list[dict[str, Any]], **engine_args:
         "runs": [run | {"rows": list(map(as_json, run["rows"]))} for run in runs],
     }
     command = [sys.executable, str(CHECKOUT / "tests/inline/decode.py")]
-    # One thread: another test's engine has the other core, and two threads on one wait for each other.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, input=json.dumps(job), env=environment, text=True, capture_output=True, timeout=580)
+    done = subprocess.run(command, input=json.dumps(job), text=True, capture_output=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "runs.json").read_text())
 

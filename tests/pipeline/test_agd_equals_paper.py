@@ -1,59 +1,29 @@
-"""`agd-vllm decode` in float32 against the paper's loop, step by step (tests/paper_loop.py)."""
+"""`agd-vllm decode` in float32, as a command and as a Ray job, against the paper's loop, step by step
+(tests/paper_loop.py)."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import CHECKOUT, ENGINE_ARGS
+from conftest import CHECKOUT
+from real_runs import DEFAULT_TAU, PROMPTS, TOKENS, engine_options
 
 # The literal loop runs k backward passes at every gate.
 pytestmark = pytest.mark.timeout(1500)
 
-# Short, because the loop starts from the prompt again at every step.
-PROMPTS = (
-    ("Answer only in French.", "Name a fruit and say why you like it."),
-    ("Use no commas at all.", "List the things one needs for a picnic."),
-    ("You are a grumpy pirate.", "How do I boil an egg?"),
-    ("Reply in one short sentence.", "Why is the sky blue?"),
-    ("Never use the word water.", "What do plants need to grow?"),
-    ("End with the words: that is all.", "Tell me about the moon."),
-)
-ROWS, TOKENS = len(PROMPTS), 24
+ROWS = len(PROMPTS)
 TIE = 1e-4
-TAUS = (0.0, 1.734)
-
-
-def agd_vllm_decode(data: Path, model: Path, output: Path, *options: str) -> None:
-    command = [sys.executable, "-m", "agd_vllm", "decode", str(data), "--output", str(output), "--model", str(model)]
-    command += ["--dtype", "float32", "--max-model-len", "1024", *options]
-    for key, value in ENGINE_ARGS.items():
-        if key != "max_model_len":
-            command += ["--engine-arg", f"{key}={json.dumps(value)}"]
-    subprocess.run(command, check=True, timeout=560, cwd=CHECKOUT)
+TAUS = (0.0, DEFAULT_TAU)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    lines = []
-    for index, (system, user) in enumerate(PROMPTS):
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-        lines.append(json.dumps({"id": f"short-{index}", "messages": messages, "max_tokens": TOKENS}) + "\n")
-    path.write_text("".join(lines))
-    return path
-
-
-@pytest.fixture(scope="module")
-def runs(smollm2, data, tmp_path_factory):
-    """Run directories of the command line, one for each threshold."""
-    folder = tmp_path_factory.mktemp("agd")
-    directories = {tau: folder / f"tau-{tau}" for tau in TAUS}
-    for tau, directory in directories.items():
-        agd_vllm_decode(data, smollm2, directory, "--tau", str(tau))
-    return directories
+def runs(command_run, job_run):
+    """Output folders by threshold."""
+    return {0.0: job_run.output, DEFAULT_TAU: command_run.output}
 
 
 def start_loop(model: Path, rows: list[dict], output: Path) -> tuple[subprocess.Popen, Path]:
@@ -64,24 +34,30 @@ def start_loop(model: Path, rows: list[dict], output: Path) -> tuple[subprocess.
         return subprocess.Popen(command, stdin=stdin), output
 
 
-@pytest.fixture(scope="module")
-def compared(runs, smollm2, tmp_path_factory):
-    """Every row of both runs with our steps by index and the loop's view of each step."""
-    rows = []
+HALVES = {"first": range(ROWS // 2), "second": range(ROWS // 2, ROWS)}
+
+
+@pytest.fixture(scope="module", params=["first", pytest.param("second", marks=pytest.mark.long)])
+def compared(request, runs, smollm2, tmp_path_factory):
+    """Each row of a half, of both runs, with our steps by index and the loop's view of each step."""
+    rows, names = [], {f"short-{index}" for index in HALVES[request.param]}
     for tau, directory in runs.items():
         steps: dict[str, dict[int, dict]] = {}
         for step in pq.read_table(directory / "steps").to_pylist():
             steps.setdefault(step["id"], {})[step["step"]] = step
         for row in pq.read_table(directory / "results").to_pylist():
+            if row["id"] not in names:
+                continue
             spans = [(span["start"], span["end"], span["weight"]) for span in row["roi_spans"]]
             kept = {key: row[key] for key in ("id", "prompt_token_ids", "token_ids")}
             rows.append(kept | {"tau": tau, "spans": spans, "steps": steps.get(row["id"], {})})
     # A core each: two processes of one thread are half as fast again as one of two.
-    folder, halves = tmp_path_factory.mktemp("loop"), (rows[::2], rows[1::2])
-    loops = [start_loop(smollm2, half, folder / f"{index}.json") for index, half in enumerate(halves)]
-    for half, (loop, output) in zip(halves, loops, strict=True):
+    processes = min(2, len(os.sched_getaffinity(0)))
+    folder, parts = tmp_path_factory.mktemp("loop"), [rows[index::processes] for index in range(processes)]
+    loops = [start_loop(smollm2, part, folder / f"{index}.json") for index, part in enumerate(parts)]
+    for part, (loop, output) in zip(parts, loops, strict=True):
         assert loop.wait() == 0
-        for row, looped in zip(half, json.loads(output.read_text()), strict=True):
+        for row, looped in zip(part, json.loads(output.read_text()), strict=True):
             row["loop"] = looped["loop"]
     return rows
 
@@ -105,8 +81,8 @@ def is_tie(theirs: dict, ours: dict | None, tau: float) -> bool:
 
 
 def test_tokens_are_those_of_the_papers_loop(compared):
-    assert len(compared) == ROWS * len(TAUS)
-    assert sum(len(row["token_ids"]) for row in compared) > ROWS * TOKENS
+    assert len(compared) == ROWS // 2 * len(TAUS)
+    assert sum(len(row["token_ids"]) for row in compared) > ROWS // 2 * TOKENS
     parted = []
     for row in compared:
         for index, (token, theirs) in enumerate(zip(row["token_ids"], row["loop"], strict=True)):
@@ -114,7 +90,7 @@ def test_tokens_are_those_of_the_papers_loop(compared):
                 assert is_tie(theirs, row["steps"].get(index), row["tau"]), (row["id"], row["tau"], index, theirs)
                 parted.append((row["id"], row["tau"], index))
     print(f"{len(parted)} ties fell the other way: {parted}")
-    assert len(parted) <= 3
+    assert len(parted) <= 1
 
 
 def test_gates_open_where_the_loops_do_and_scores_agree(compared):
@@ -135,7 +111,7 @@ def test_gates_open_where_the_loops_do_and_scores_agree(compared):
             bound = 1e-3 * max(map(abs, expected.values()))
             for candidate, score in expected.items():
                 assert scores[candidate] == pytest.approx(score, abs=bound)
-    assert guided > 60
+    assert guided > 30
 
 
 def test_guided_steps_are_consistent(compared):
@@ -150,14 +126,17 @@ def test_guided_steps_are_consistent(compared):
 
 
 @pytest.mark.long
-def test_the_reference_scorer_decodes_the_same(runs, data, smollm2, tmp_path):
+def test_the_reference_scorer_decodes_the_same(command_run, job_run, smollm2, tmp_path):
     """`--scorer lxt` against the default, forward mode, on some of the rows."""
-    agd_vllm_decode(data, smollm2, tmp_path / "lxt", "--scorer", "lxt", "--limit", "2")
-    ours = {row["id"]: row["token_ids"] for row in pq.read_table(runs[1.734] / "results").to_pylist()}
+    command = [sys.executable, "-m", "agd_vllm", "decode", str(job_run.data), "--output", str(tmp_path / "lxt")]
+    command += ["--model", str(smollm2), "--dtype", "float32", "--scorer", "lxt", "--limit", "2", *engine_options()]
+    subprocess.run(command, check=True, timeout=560, cwd=CHECKOUT)
+    ours = {row["id"]: row["token_ids"] for row in pq.read_table(command_run.output / "results").to_pylist()}
     reference = {row["id"]: row["token_ids"] for row in pq.read_table(tmp_path / "lxt" / "results").to_pylist()}
     assert len(reference) == 2
     assert reference == {name: ours[name] for name in reference}
-    forward = {(step["id"], step["step"]): step["scores"] for step in pq.read_table(runs[1.734] / "steps").to_pylist()}
+    of_command = pq.read_table(command_run.output / "steps").to_pylist()
+    forward = {(step["id"], step["step"]): step["scores"] for step in of_command}
     steps = pq.read_table(tmp_path / "lxt" / "steps").to_pylist()
     assert steps
     for step in steps:

@@ -1,4 +1,4 @@
-"""`agd-vllm calibrate` end to end, against Transformers' own greedy decode, and what it refuses."""
+"""`agd-vllm calibrate` against Transformers' own greedy decode, and what it refuses."""
 
 import json
 import subprocess
@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from command_line import fails
-from conftest import CHECKOUT, ENGINE_ARGS
+from command_line import fails, run
+from conftest import CHECKOUT
+from real_runs import engine_options
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agd_vllm.pipeline import calibration
@@ -35,25 +36,47 @@ def entropies_of_transformers(model_path) -> dict[str, list[float]]:
     }
 
 
-def test_calibration_end_to_end(smollm2, tmp_path):
-    """With prompts prefilled in chunks, whose unfinished parts report entropies, too; then files of an earlier one."""
+@pytest.fixture
+def given(smollm2, tmp_path):
+    """Rows of which two are bad, and what to call `agd-vllm` with; the files of an earlier calibration are there."""
     rows = [json.dumps({"id": name, "prompt": prompt}) for name, prompt in PROMPTS.items()]
     data, output = tmp_path / "rows.jsonl", tmp_path / "out"
     data.write_text("\n".join([rows[0], '{"id": "broken", ', *rows[1:], '{"id": "none"}']) + "\n")
     output.mkdir()
     (output / "tau.json").write_text("of an earlier calibration")
-    command = [sys.executable, "-m", "agd_vllm", "calibrate", str(data), "--model", str(smollm2), "--dtype", "float32"]
-    command += ["--output", str(output), "--percentile", f"{PERCENTILE}", "--max-tokens", f"{TOKENS}"]
-    for key, value in (ENGINE_ARGS | {"max_num_batched_tokens": 64}).items():
-        if key == "max_model_len":
-            command += ["--max-model-len", f"{value}"]
-        else:
-            command += ["--engine-arg", f"{key}={json.dumps(value)}"]
+    arguments = ["calibrate", str(data), "--model", str(smollm2), "--output", str(output), "--dtype", "float32"]
+    return [*arguments, "--percentile", f"{PERCENTILE}", "--max-tokens", f"{TOKENS}"], output
+
+
+def test_calibration_on_a_running_engine(given, smollm2, tight_engine, monkeypatch, capsys):
+    """The command in this process, with an engine that runs already; prompts are prefilled in chunks, whose unfinished
+    parts report entropies, too."""
+
+    class OnTheEngine(calibration.Decoder):
+        def start(self): ...
+
+        def outcomes(self, items):
+            preparer = self.preparer(tight_engine.engine.max_model_len)
+            yield from tight_engine.decode([preparer.prepare(row) for row in items], strategy=self._strategy)
+
+    monkeypatch.setattr(calibration, "Decoder", OnTheEngine)
+    arguments, output = given
+    check_calibration(*run(capsys, *arguments), output, smollm2)
+
+
+@pytest.mark.long
+def test_calibration_end_to_end(given, smollm2):
+    arguments, output = given
+    command = [sys.executable, "-m", "agd_vllm", *arguments, *engine_options(max_num_batched_tokens=64)]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 3, done.stderr
-    assert "2 rows failed" in done.stderr
-    assert "line 2" in done.stderr and "line 5 (none)" in done.stderr
-    assert "Traceback" not in done.stderr
+    check_calibration(done.returncode, done.stdout, done.stderr, output, smollm2)
+
+
+def check_calibration(status, out, err, output, model):
+    assert status == 3, err
+    assert "2 rows failed" in err
+    assert "line 2" in err and "line 5 (none)" in err
+    assert "Traceback" not in err
 
     table = pq.read_table(output / "entropy.parquet")
     assert [(field.name, str(field.type)) for field in table.schema] == [
@@ -65,7 +88,7 @@ def test_calibration_end_to_end(smollm2, tmp_path):
     for row in table.to_pylist():
         assert row["step"] not in found[row["id"]]
         found[row["id"]][row["step"]] = row["entropy"]
-    for name, expected in entropies_of_transformers(smollm2).items():
+    for name, expected in entropies_of_transformers(model).items():
         assert list(found[name]) == list(range(len(expected)))
         assert list(found[name].values()) == pytest.approx(expected, abs=1e-3)
 
@@ -76,7 +99,7 @@ def test_calibration_end_to_end(smollm2, tmp_path):
         "tau": pytest.approx(np.percentile(entropies, PERCENTILE)),
         "tokens": len(entropies),
     }
-    assert f"tau {tau['tau']:.3f}" in done.stdout
+    assert f"tau {tau['tau']:.3f}" in out
     assert matplotlib.image.imread(output / "entropy.png").std() > 0
     assert {path.name for path in output.iterdir()} == {"entropy.parquet", "entropy.png", "tau.json"}
 

@@ -1,5 +1,6 @@
 """One Decoder over its life: left early, killed by a row, closed. Parts that die otherwise: test_chaos.py."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -102,26 +103,42 @@ def test_decode_takes_endless_input_as_room_allows_and_may_be_left(decoder, rows
     same(decoded(decoder.outcomes(rows)), undisturbed)
 
 
-@pytest.mark.long
-def test_a_row_that_kills_its_engine_is_an_error_and_the_rest_is_decoded(decoder, rows, undisturbed):
-    """vLLM's process is killed whenever the row is in flight, as a row would do it that crashes vLLM."""
-    poison = rows[-1].id
+@contextlib.contextmanager
+def killing(decoder, in_flight, times=None):
+    """vLLM's process is killed whenever rows are in flight of which `in_flight` says so, `times` times at most."""
     done = threading.Event()
 
     def assassin():
-        while not done.is_set():
-            if any(poison in engine.rows and engine.started for engine in decoder._fleet._engines):
-                kill("VLLM::EngineCore")
+        killed = 0
+        while not done.is_set() and killed != times:
+            if any(in_flight(engine.rows) and engine.started for engine in decoder._fleet._engines):
+                killed += kill("VLLM::EngineCore")
             time.sleep(0.05)
 
-    before = decoder.faults.get("engine_restarts", 0)
     thread = threading.Thread(target=assassin)
     thread.start()
     try:
-        outcomes = decoded(decoder.outcomes(rows))
+        yield
     finally:
         done.set()
         thread.join()
+
+
+def test_rows_of_an_engine_that_dies_are_decoded_by_the_next(decoder, rows, undisturbed):
+    before = decoder.faults.get("engine_restarts", 0)
+    with killing(decoder, lambda in_flight: len(in_flight) == len(rows), times=1):
+        outcomes = decoded(decoder.outcomes(rows))
+    assert decoder.faults["engine_restarts"] == before + 1
+    same(outcomes, undisturbed)
+
+
+@pytest.mark.long
+def test_a_row_that_kills_its_engine_is_an_error_and_the_rest_is_decoded(decoder, rows, undisturbed):
+    """As a row would do it that crashes vLLM."""
+    poison = rows[-1].id
+    before = decoder.faults.get("engine_restarts", 0)
+    with killing(decoder, lambda in_flight: poison in in_flight):
+        outcomes = decoded(decoder.outcomes(rows))
     error = outcomes.pop(poison)
     assert isinstance(error, RowError)
     assert error.type == "poison"

@@ -6,41 +6,29 @@ import signal
 import threading
 import time
 
-import psutil
 import pytest
-from conftest import Chooser, EngineThread, first_candidate, prepared_demo_rows
+from conftest import Chooser, TightEngine, first_candidate, prepared_demo_rows
 
 from agd_vllm.engine.events import SessionFailed
 from agd_vllm.records import PreparedRow, Roi, Span
 
 REGION = Roi((Span(0, 1),))
-BLOCK, BLOCKS, MAX_MODEL_LEN = 32, 140, 4224
 
 
-@pytest.fixture(scope="module")
-def engine(smollm2):
-    """A cache of 139 blocks of 32 tokens: one row of max_model_len, two of 2,000 tokens; four sessions at most."""
-    thread = EngineThread(
-        smollm2,
-        max_model_len=MAX_MODEL_LEN,
-        block_size=BLOCK,
-        num_gpu_blocks_override=BLOCKS,
-        max_num_seqs=4,
-        kv_cache_memory_bytes=None,
-    )
-    yield thread
-    thread.close()
+@pytest.fixture
+def engine(tight_engine):
+    return tight_engine
 
 
 @pytest.fixture(scope="module")
 def rows(smollm2):
-    return prepared_demo_rows(smollm2, 12, 24)
+    return prepared_demo_rows(smollm2, 12, 16)
 
 
 @pytest.fixture(scope="module")
-def alone(engine, rows):
+def alone(tight_engine, rows):
     """Each row decoded on its own, every step a gate."""
-    return [engine.decode([row], Chooser(first_candidate), tau=0.0, min_prob=0.0)[0] for row in rows]
+    return [tight_engine.decode([row], Chooser(first_candidate), tau=0.0, min_prob=0.0)[0] for row in rows]
 
 
 def assert_same(decoded, alone):
@@ -50,7 +38,7 @@ def assert_same(decoded, alone):
 
 
 def test_a_cache_for_two_sessions_while_sixty_rows_wait(engine, rows, alone):
-    stop = [row.token_ids[-1:] for row in alone]
+    stop = [row.token_ids[7:8] for row in alone]
     greedy = [
         dataclasses.replace(row, id=f"{row.id}-{turn}", max_tokens=2000, stop_token_ids=tuple(end))
         for turn in range(5)
@@ -109,7 +97,7 @@ def test_a_session_that_vllm_aborts_is_an_error_of_its_row_alone(engine, rows, a
 
 def test_a_stalled_session_is_resubmitted_from_its_tokens(engine, rows, alone):
     """vLLM's worker is stopped (SIGSTOP) for longer than the deadline, in the middle of some rows."""
-    (worker,) = [child for child in psutil.Process().children(recursive=True) if "VLLM::Worker" in child.cmdline()[0]]
+    worker = engine.worker
     settings = engine.engine._settings
     engine.engine._settings = dataclasses.replace(settings, deadline_s=3.0)
     gates = []
@@ -148,7 +136,7 @@ def test_a_cancelled_row_gives_its_room_back(engine, rows, alone):
         ]
         tasks = [asyncio.create_task(loop) for loop in loops]
         deadline = time.monotonic() + 60
-        while engine.engine.occupancy.paused < 4:
+        while engine.engine.occupancy.paused < TightEngine.SESSIONS:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.05)
         for task in tasks:

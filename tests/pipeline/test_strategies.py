@@ -1,14 +1,13 @@
-"""Strategies beside AGD on one real engine, with chunked prefills and hardly any sessions. Float32 throughout."""
+"""Strategies beside AGD on a real engine with chunked prefills and hardly any sessions. Float32 throughout."""
 
 import asyncio
 import dataclasses
 import signal
 import threading
 
-import psutil
 import pytest
 import torch
-from conftest import EngineThread, prepared_demo_rows
+from conftest import TightEngine, prepared_demo_rows
 from transformers import AutoModelForCausalLM
 
 from agd_vllm.pipeline.row_loop import decode_row
@@ -16,17 +15,12 @@ from agd_vllm.pipeline.strategies import Cad, Draws, Greedy, RandomCandidate
 from agd_vllm.records import Gate, PreparedRow, Roi, RowRefused, Span
 
 TIE = 1e-3
-ALPHA = 0.7
-# The demo's prompts have 40 to 80 tokens: most are prefilled in chunks. Three pairs of sessions at most.
-TOKENS_PER_STEP, SESSIONS = 48, 6
+ALPHA, TOKENS_PER_STEP, SESSIONS = TightEngine.ALPHA, TightEngine.TOKENS_PER_STEP, TightEngine.SESSIONS
 
 
-@pytest.fixture(scope="module")
-def engine(smollm2):
-    processors = (*Cad(ALPHA).processors, *Greedy(entropies=True).processors)
-    thread = EngineThread(smollm2, processors, max_num_batched_tokens=TOKENS_PER_STEP, max_num_seqs=SESSIONS)
-    yield thread
-    thread.close()
+@pytest.fixture
+def engine(tight_engine):
+    return tight_engine
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +38,13 @@ def transformers_model(smollm2):
 
 
 @pytest.fixture(scope="module")
-def greedy(engine, rows):
-    return engine.decode(rows, strategy=Greedy())
+def greedy(tight_engine, rows):
+    return tight_engine.decode(rows, strategy=Greedy())
 
 
 @pytest.fixture(scope="module")
-def contrasted(engine, rows):
-    return engine.decode(rows, strategy=Cad(ALPHA))
+def contrasted(tight_engine, rows):
+    return tight_engine.decode(rows, strategy=Cad(ALPHA))
 
 
 def tokens(decoded) -> list[list[int]]:
@@ -134,15 +128,14 @@ def test_rows_that_cad_cannot_contrast(engine, rows, greedy):
 
 def test_a_stalled_pair_is_opened_anew_from_its_tokens(engine, rows, contrasted, monkeypatch):
     """vLLM's worker is stopped (SIGSTOP) for longer than the deadline, in the middle of some rows."""
-    (worker,) = [child for child in psutil.Process().children(recursive=True) if "VLLM::Worker" in child.cmdline()[0]]
     receiver, taken = engine.engine._receiver, []
     take = receiver.take_choice
 
     def stopping(key, step):
         taken.append(step)
         if len(taken) == 2:
-            worker.send_signal(signal.SIGSTOP)
-            threading.Timer(4, worker.send_signal, [signal.SIGCONT]).start()
+            engine.worker.send_signal(signal.SIGSTOP)
+            threading.Timer(4, engine.worker.send_signal, [signal.SIGCONT]).start()
         return take(key, step)
 
     monkeypatch.setattr(receiver, "take_choice", stopping)
