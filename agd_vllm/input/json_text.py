@@ -35,25 +35,41 @@ class RowText:
 
 
 def row_texts(chunks: Iterator[bytes]) -> Iterator[RowText]:
-    """Every row of a text. Its first bracket decides: an array that begins the text holds rows, up to its end.
+    """Every row of a text: its lines, or where it begins with an array of objects that array's elements, up to its end.
 
     Memory is bounded by the longest row that is not oversized. Raises ArrayNotClosed.
     """
-    line, head = 1, b""
-    for chunk in chunks:
-        head = chunk.lstrip(b" \t\r\n")
-        line += chunk.count(b"\n", 0, len(chunk) - len(head))
-        if head:
-            break
+    line, head = _beginning(chunks, b"", 1)
     if not head.startswith(b"["):
         yield from _lines(itertools.chain([head], chunks), line)
         return
-    array = _Array(head[1:], chunks, line)
-    yield from array.elements()
+    second, inside = _beginning(chunks, head[1:], line)
+    if inside[:1] not in (b"{", b"]"):
+        yield from _lines(itertools.chain([b"[" + b"\n" * (second - line) + inside], chunks), line)
+        return
+    array = _Array(inside, chunks, second)
+    told = False  # of the line or lines of the array
+    for element in array.elements():
+        told = True
+        yield element
     form = "rest"
     for row in _lines(itertools.chain([array.rest()], chunks), array.line):
+        if row.text.strip():
+            if not told and form == "line":
+                yield RowText(line, b"[]", False)  # no array of rows, but a line among others
+            told = True
         yield RowText(row.line, row.text, row.oversized, form)
         form = "line"
+
+
+def _beginning(chunks: Iterator[bytes], head: bytes, line: int) -> tuple[int, bytes]:
+    """The first of `head` and the chunks that is not blank from where it is not, and the line that this is on."""
+    for chunk in itertools.chain([head], chunks):
+        begun = chunk.lstrip(b" \t\r\n")
+        line += chunk.count(b"\n", 0, len(chunk) - len(begun))
+        if begun:
+            return line, begun
+    return line, b""
 
 
 def _lines(chunks: Iterator[bytes], number: int) -> Iterator[RowText]:

@@ -545,8 +545,22 @@ def test_lines_after_an_array_are_rows_and_nothing_is_lost(tmp_path):
     assert (rest.type, rest.line, rest.id, rest.input) == ("invalid_json", 1, "p1", row.decode())
     assert "goes on after the end of the array" in rest.message
     assert (after.id, after.line) == ("p2", 2)
-    first, second, third = read(jsonl(tmp_path / "rows.jsonl", b'[1, "]"]', row))
-    assert [first.type, second.type, third.id] == ["not_an_object", "not_an_object", "p1"]
+    both, other = (b'[{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "x"}] ', row)
+    assert [(row.id, row.line) for row in read(jsonl(tmp_path / "rows.jsonl", both, other))] == [
+        ("a", 1),
+        ("b", 1),
+        ("p1", 2),
+    ]
+
+
+@pytest.mark.parametrize("line", [b"[]", b"[ ]", b'[1, "]"]', b"[null", b'[["a"]]', b"[ \t["])
+@pytest.mark.parametrize("before", [b"", b"\n \n"])
+def test_a_line_that_is_a_list_of_no_objects_is_one_bad_row(tmp_path, line, before):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(before + line + b"\n\n" + json.dumps(RAW).encode())
+    bad, good = read(str(path))
+    assert (bad.line, good.id, good.line) == (1 + before.count(b"\n"), "p1", 3 + before.count(b"\n"))
+    assert bad.type in ("not_an_object", "invalid_json")
 
 
 @pytest.mark.parametrize("end", [b"", b",", b', {"id": "b"', b', "b', b", 7", b',{"id": "\\'])
@@ -570,6 +584,7 @@ VALUES = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(st.lists(VALUES), st.sampled_from([None, 0, 2]), st.integers(1, 9), st.booleans())
 def test_elements_are_found_wherever_chunks_end(values, indent, size, escaped):
+    values.insert(0, {})
     text = json.dumps(values, indent=indent, ensure_ascii=escaped).encode()
     chunks = [text[start : start + size] for start in range(0, len(text), size)]
     rows = list(row_texts(iter(chunks)))

@@ -509,10 +509,10 @@ def each_line_ends_in_exactly_one_place(base, lines):
     seen["runs"] += 1
     directory = base / f"{seen['runs']}"
     directory.mkdir()
+    lines.insert(0, b"{}")  # what begins as something else than JSON lines is another file
     (directory / "rows.jsonl").write_bytes(b"\n".join(lines))
     source, out = str(directory / "rows.jsonl"), directory / "out"
     run_prepared(source, str(out))
-    lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
     filled = {number for number, line in enumerate(lines, start=1) if line.strip()}
     line_of = {row.id: row.line for row in read_rows([source]) if isinstance(row, InputRow)}
     results = [line_of[row["id"]] for row in table(out, "results")]
