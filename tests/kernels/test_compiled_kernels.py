@@ -4,9 +4,9 @@ import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import CHECKOUT
 
 from agd_vllm.kernels import compiled
 
@@ -69,11 +69,11 @@ def test_no_kernel_reads_or_writes_beside_its_tensors(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0",
         "XDG_CACHE_HOME": str(tmp_path),
     }
-    tests = Path(__file__).parent
-    names = ("test_gate_kernel.py", "attribution/test_cached_attention.py", "attribution/test_paged_attention.py")
-    files = [str(tests / name) for name in (*names, "attribution/test_streams.py")]
+    tests = CHECKOUT / "tests"
+    names = ("kernels/test_gate_kernel", "attribution/test_cached_attention", "inline/test_paged_attention")
+    files = [str(tests / f"{name}.py") for name in (*names, "attribution/test_streams")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
-    run = subprocess.run(command, env=os.environ | changes, capture_output=True, text=True, cwd=tests.parent)
+    run = subprocess.run(command, env=os.environ | changes, capture_output=True, text=True, cwd=CHECKOUT)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
