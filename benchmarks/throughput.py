@@ -3,9 +3,10 @@
     python -m benchmarks.throughput --model M --input X --limit 32 --max-tokens 128 --json OUT.json
 
 `greedy`: `vllm.LLM` on all cores (or `--greedy-cores` of them) with its own best settings, on a CPU stepped by its own
-process. `agd`: this project with its defaults, and with `--scorer inline` `inline` beside it. They are loaded side by
-side and take turns, so that a change in the machine's speed meets all; medians of `--runs` turns after a warm-up. Every
-turn has `--limit` rows of its own, the same for all: no cache has seen them.
+process. `agd`: this project with its defaults. They are loaded side by side and take turns, so that a change in the
+machine's speed meets both; medians of `--runs` turns after a warm-up. Every turn has `--limit` rows of its own, the
+same for both: no cache has seen them. With `--scorer inline` the pool, whose cores it needs, makes room for inline
+attribution, which takes turns with greedy in its place.
 `paper`: the paper's loop (benchmarks/paper.py) once and before the others, whose memory it may need, on as many rows of
 one more turn as end within `--paper-seconds`; AGD's own figure for the ratio is taken on those same rows, which it has
 not seen either.
@@ -22,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -70,6 +70,18 @@ def rows_of_turns(path: str, limit: int, max_tokens: int, turns: int) -> list[li
     return [
         [dataclasses.replace(row, max_tokens=max_tokens) for row in rows[turn::turns][:limit]] for turn in range(turns)
     ]
+
+
+def take_turns(decoder: Decoder, plain: PlainVLLM, turns: list[list[InputRow]]) -> tuple[list[dict], list[dict]]:
+    """The decoder's and greedy's figures of every turn but the first, which warms both up."""
+    ours, theirs = [], []
+    for rows in turns:
+        decoded, figures = decode(decoder, rows, plain)
+        job = [(row.prompt_token_ids, {"max_tokens": rows[0].max_tokens}) for row in decoded]
+        tokens, seconds, _ = plain.generate(job)
+        ours.append(figures)
+        theirs.append({"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds})
+    return ours[1:], theirs[1:]
 
 
 def run_paper(decoder: Decoder, rows: list[InputRow], dtype: str, seconds: float) -> list[dict[str, float]]:
@@ -137,7 +149,8 @@ def main(
     output,
     **decoder_options,
 ):
-    *turns, papers = rows_of_turns(input_path, limit, max_tokens, runs + 2)
+    sides = 2 if scorer == "inline" else 1
+    *turns, papers = rows_of_turns(input_path, limit, max_tokens, sides * (runs + 1) + 1)
     result: dict[str, Any] = {"rows": limit, "max_tokens": max_tokens, **decoder_options}
     result["tau"] = tau if math.isfinite(tau) else None
     del result["trace"]
@@ -146,33 +159,22 @@ def main(
     greedy_args = shared | side_by_side(CACHE_BYTES[device])
     agd_args = greedy_args if device == "cuda" else shared
     cores = sorted(os.sched_getaffinity(0))[:greedy_cores] if device == "cpu" else None
-    greedy_runs, agd_runs, inline_runs, paper_runs = [], [], [], []
+    paper_runs = []
     common = {"tau": tau, "dtype": dtype, "max_model_len": MAX_MODEL_LEN}
     decoder = Decoder(model, engine_args=agd_args, **common, **decoder_options)
-    beside = None
-    if scorer == "inline":
-        beside = Decoder(model, scorer="inline", engines=decoder_options["engines"], **common)
     if paper_seconds:
         paper_runs = run_paper(decoder, papers, dtype, paper_seconds)
         if not paper_runs:
             raise click.ClickException("the paper's loop ended no row in time; raise --paper-seconds")
     own_process = device == "cuda"
-    with (
-        PlainVLLM(model, cores, own_process, dtype=dtype, max_model_len=MAX_MODEL_LEN, **greedy_args) as plain,
-        decoder,
-        beside or nullcontext(),
-    ):
-        for turn, rows in enumerate(turns):
-            decoded, agd = decode(decoder, rows, plain)
-            job = [(row.prompt_token_ids, {"max_tokens": max_tokens}) for row in decoded]
-            tokens, seconds, _ = plain.generate(job)
-            inline = decode(beside, rows, plain)[1] if beside else None
-            if turn:  # the first turn warms all up
-                agd_runs.append(agd)
-                greedy_runs.append({"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds})
-                inline_runs.append(inline)
-        if paper_runs:
-            _, agd_there = decode(decoder, papers[: len(paper_runs)], plain)
+    with PlainVLLM(model, cores, own_process, dtype=dtype, max_model_len=MAX_MODEL_LEN, **greedy_args) as plain:
+        with decoder:
+            agd_runs, greedy_runs = take_turns(decoder, plain, turns[: runs + 1])
+            if paper_runs:
+                _, agd_there = decode(decoder, papers[: len(paper_runs)], plain)
+        if scorer == "inline":
+            with Decoder(model, scorer="inline", engines=decoder_options["engines"], **common) as beside:
+                inline_runs, greedy_beside = take_turns(beside, plain, turns[runs + 1 :])
     agd, greedy = medians(agd_runs), medians(greedy_runs)
     result |= {
         "tokens_per_second": {"greedy": greedy["tokens_per_second"], "agd": agd["tokens_per_second"]},
@@ -183,12 +185,12 @@ def main(
         "greedy_cores": cores and len(cores),
         "runs": {"greedy": greedy_runs, "agd": agd_runs, "paper": paper_runs},
     }
-    if beside:
-        inline = medians(inline_runs)
-        result["tokens_per_second"]["inline"] = inline["tokens_per_second"]
-        result["inline_over_greedy"] = inline["tokens_per_second"] / greedy["tokens_per_second"]
+    if scorer == "inline":
+        inline, there = medians(inline_runs), medians(greedy_beside)
+        result["tokens_per_second"] |= {"inline": inline["tokens_per_second"]}
+        result["inline_over_greedy"] = inline["tokens_per_second"] / there["tokens_per_second"]
         result["inline_guided_share"] = inline["guided_share"]
-        result["runs"]["inline"] = inline_runs
+        result["runs"] |= {"inline": inline_runs, "greedy_beside_inline": greedy_beside}
     if paper_runs:
         paper = sum(run["tokens"] for run in paper_runs) / sum(run["seconds"] for run in paper_runs)
         there = agd_there["tokens_per_second"]
