@@ -32,7 +32,9 @@ GROUPS = {
     "tests/pipeline/test_chaos.py": set(),
     "tight engine": {"tight_engine"},
     "engine": {"engine"},
+    "tests/inline/test_command_line.py": set(),
     "tests/pipeline/test_decoder.py": set(),
+    "oracle": {"tiny_oracle"},
     "tests/evaluation/test_evaluate.py": set(),
     "tests/attribution/test_smollm2.py": set(),
     "tests/output/test_writer.py": set(),
@@ -200,7 +202,7 @@ class EngineThread:
         self._loop.call_soon_threadsafe(self._loop.stop)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def engine(smollm2):
     thread = EngineThread(smollm2, worker_extension_cls="worker_probe.WorkerProbe")
     yield thread

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHECKOUT, ENGINE_ARGS, EngineThread, prepared_demo_rows
+from conftest import CHECKOUT, ENGINE_ARGS, prepared_demo_rows
 
 from agd_vllm.attribution.forward import ForwardScorer
 from agd_vllm.records import PreparedRow, Roi, ScoreRequest, Span
@@ -77,16 +77,12 @@ def rows(groups) -> list[PreparedRow]:
 
 
 @pytest.fixture(scope="module")
-def expected(smollm2, rows):
+def expected(engine, smollm2, rows):
     """Rows decoded with pauses, by tau."""
     from inline.decode import outcome
 
-    engine, scorer = EngineThread(smollm2), InProcess(smollm2)
-    try:
-        found = {tau: list(map(outcome, engine.decode(rows, scorer, tau=tau))) for tau in (0.0, 1.734)}
-    finally:
-        engine.close()
-    return found
+    scorer = InProcess(smollm2)
+    return {tau: list(map(outcome, engine.decode(rows, scorer, tau=tau))) for tau in (0.0, 1.734)}
 
 
 def decode(model: Path, folder: Path, runs: list[dict[str, Any]], **engine_args: Any) -> list[dict[str, Any]]:
