@@ -14,8 +14,8 @@ demo: $(VENV)/.ready $(MODEL)/model.safetensors
 	@$(BIN)/agd-vllm decode examples/demo.jsonl --model $(MODEL) --output runs/demo --max-model-len 2048 \
 		--engine-arg enforce_eager=true
 
-# Two workers with a core each; what they share and take first: tests/conftest.py. The ten slowest are named at the end.
-PYTEST := $(BIN)/python -m pytest tests -n 2 --dist loadgroup --no-loadscope-reorder --durations=10
+# Two workers with a core each; which files go together, and first: tests/two_workers.py.
+PYTEST := $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 test: $(VENV)/.ready lint browser $(MODEL)/model.safetensors
 	$(PYTEST) -m "not long"

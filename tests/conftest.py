@@ -1,5 +1,4 @@
-"""Fixtures shared by all tests: the real demo model, engines of their own loop, plain vLLM as the oracle; and which
-tests share a worker of pytest-xdist."""
+"""Fixtures shared by all tests: the real demo model, engines of their own loop, plain vLLM as the oracle."""
 
 import asyncio
 import contextlib
@@ -18,55 +17,15 @@ import pytest
 from agd_vllm.models import demo
 from agd_vllm.records import Gate, PreparedRow
 
-pytest_plugins = ["made_decoding", "real_runs", "tiny_oracle"]
+pytest_plugins = ["made_decoding", "real_runs", "tiny_oracle", "two_workers"]
 # In a process of their own (test_triton_kernels.py): Triton interprets either all or nothing.
 # By hand: TRITON_INTERPRET=1 pytest tests/interpreted
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEMO_ROWS = CHECKOUT / "examples/demo.jsonl"
-# What goes to one worker of pytest-xdist: the tests that ask for one of these fixtures, so that it is made once, and
-# otherwise a file. Workers take these first, in this order, as they take longest: both then end at about the same time.
-GROUPS = {
-    "runs": {"command_run", "job_run"},
-    "tests/pipeline/test_chaos.py": set(),
-    "tight engine": {"tight_engine"},
-    "engine": {"engine"},
-    "tests/inline/test_command_line.py": set(),
-    "tests/pipeline/test_decoder.py": set(),
-    "oracle": {"tiny_oracle"},
-    "tests/evaluation/test_evaluate.py": set(),
-    "tests/attribution/test_smollm2.py": set(),
-    "tests/output/test_writer.py": set(),
-}
 # Small and quick to start: no compilation, a cache for a few dozen short rows.
 ENGINE_ARGS = {"enforce_eager": True, "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 29, "max_num_seqs": 32}
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """A worker of pytest-xdist has cores of its own, and so has all that it starts: vLLM would bind the engines of both
-    workers to the same ones."""
-    worker = os.environ.get("PYTEST_XDIST_WORKER")
-    if worker is not None:
-        index, count = int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cores[index % count :: count] or cores)
-
-
-def group(item: pytest.Item) -> str:
-    if marker := item.get_closest_marker("xdist_group"):
-        return marker.args[0]
-    shared = (name for name, fixtures in GROUPS.items() if not fixtures.isdisjoint(item.fixturenames))
-    return next(shared, item.nodeid.partition("::")[0])
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = list(GROUPS)
-    places = {item: order.index(name) if (name := group(item)) in order else len(order) for item in items}
-    items.sort(key=places.__getitem__)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
 
 
 @pytest.fixture(scope="session")

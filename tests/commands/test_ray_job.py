@@ -17,7 +17,6 @@ def test_a_submitted_job_decodes(job_run):
 
 
 @pytest.mark.long
-@pytest.mark.xdist_group("runs")
 def test_a_submitted_job_decodes_the_demo_rows(smollm2, tmp_path):
     output = tmp_path / "out"
     job = ["python", "jobs/decode.py", "examples/demo.jsonl", "--output", str(output), "--model", str(smollm2)]
