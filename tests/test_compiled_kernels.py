@@ -72,7 +72,7 @@ def test_no_kernel_reads_or_writes_beside_its_tensors(tmp_path):
     tests = Path(__file__).parent
     names = ("test_gate_kernel.py", "attribution/test_cached_attention.py", "attribution/test_paged_attention.py")
     files = [str(tests / name) for name in (*names, "attribution/test_streams.py")]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *files]
     run = subprocess.run(command, env=os.environ | changes, capture_output=True, text=True, cwd=tests.parent)
     assert run.returncode == 0, run.stdout + run.stderr
 
