@@ -40,7 +40,8 @@ static void measure(const float *x, int64_t vocab, float *entropy, float *log_su
 static int32_t find_candidates(const float *x, int64_t vocab, int64_t pause, int64_t top_k, float min_prob,
                                float log_sum_exp, int32_t *ids) {
     int32_t count = 0;
-    float unlikely = -INFINITY;  // the highest logit known to be too low: a floor of 0 lets in all but what is impossible
+    // The highest logit known to be too low: a floor of 0 lets in all but what is impossible.
+    float unlikely = -INFINITY;
     for (int64_t start = 0; start < vocab; start += TILE) {
         const int64_t end = vocab - start < TILE ? vocab : start + TILE;
         const float highest = highest_of(x + start, end - start);

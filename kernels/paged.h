@@ -145,8 +145,10 @@ INLINE void write_head(const int dim, const Call *call, int64_t row, int64_t hea
     const float mask = call->mask ? call->mask[row * heads + head] : 0;
     if (mask != 0)
         for (int64_t i = 0; i < dim; i++) o[dim + i] += mask * o[i];
-    for (int64_t stream = 0; stream < 2; stream++)
-        write_row(call->out, call->half, ((stream * call->batch->rows + row) * heads + head) * dim, dim, o + stream * dim);
+    for (int64_t stream = 0; stream < 2; stream++) {
+        const int64_t to = ((stream * call->batch->rows + row) * heads + head) * dim;
+        write_row(call->out, call->half, to, dim, o + stream * dim);
+    }
 }
 
 #endif

@@ -27,8 +27,8 @@ typedef struct {
 } Queries;
 
 // Scores [BLOCK][2] of BLOCK keys, and their tangents where `changes`, for queries [2][dim].
-INLINE void score_block(const int dim, const int changes, const lanes *queries, const float *keys, const float *tangents,
-                        lanes *to) {
+INLINE void score_block(const int dim, const int changes, const lanes *queries, const float *keys,
+                        const float *tangents, lanes *to) {
     lanes s[BLOCK] = {0}, change[BLOCK] = {0};
     for (int i = 0; i < dim; i++) {
         const lanes q = queries[i], moved = queries[dim + i];
@@ -137,7 +137,8 @@ INLINE void read_plane(const int dim, const int half, const Cache *cache, const 
 
 // Keys [from, to) of the tile for one vector of queries.
 INLINE void attend_block(const int dim, const Layer *layer, int64_t tile_start, int64_t from, int64_t to,
-                         const float *const planes[4], Queries *queries, const lanes *heads, lanes *scores, lanes *sums) {
+                         const float *const planes[4], Queries *queries, const lanes *heads, lanes *scores,
+                         lanes *sums) {
     const int64_t first = (from - tile_start) * dim, window = layer->window;
     const int changes = layer->score_factor != 0;
     lanes scale, shift;
@@ -172,7 +173,8 @@ INLINE void attend_tokens(const int dim, const Call *call, const Sequence *seque
     const int64_t num_queries = count * group, vectors = (num_queries + LANES - 1) / LANES;
     const int64_t num_planes = value_plane(layer) + 2, rows = PROMPT_TILE + BLOCK;
     const int half = call->cache->half;
-    lanes *const heads = (lanes *)workspace, *const sums = heads + vectors * 2 * dim, *const scores = sums + vectors * 2 * dim;
+    lanes *const heads = (lanes *)workspace, *const sums = heads + vectors * 2 * dim;
+    lanes *const scores = sums + vectors * 2 * dim;
     float *const tile = (float *)(scores + rows * 2);
     Queries *const queries = (Queries *)(tile + 4 * rows * dim);
     const float *const planes[4] = {tile, tile + rows * dim, tile + (num_planes - 2) * rows * dim,
@@ -206,9 +208,9 @@ INLINE void attend_tokens(const int dim, const Call *call, const Sequence *seque
         }
         for (int64_t i = 0; i < vectors; i++) {
             const int64_t first = window ? queries[i].first + 1 - window : 0, last = queries[i].last + 1;
-            const int64_t from = first > key ? first : key, to = last < end ? last : end;
+            const int64_t from = first > key ? first : key, to = last < end ? last : end, at = i * 2 * dim;
             if (from < to)
-                attend_block(dim, layer, key, from, to, planes, queries + i, heads + i * 2 * dim, scores, sums + i * 2 * dim);
+                attend_block(dim, layer, key, from, to, planes, queries + i, heads + at, scores, sums + at);
         }
         key = end;
     }

@@ -1,4 +1,4 @@
-// The paged attention of one new token: keys and values are read straight from the cache, once for all heads of a group.
+// The paged attention of one new token: keys and values are read straight from the cache, once for a group's heads.
 
 #ifndef AGD_PAGED_TOKEN_H
 #define AGD_PAGED_TOKEN_H
@@ -36,8 +36,8 @@ INLINE void fetch_ahead(const int half, const int pair, const Cache *cache, int6
 }
 
 // Scores, and their tangents where `changes`, of KEYS rows of `parts` vectors from `at` on for `heads` queries.
-INLINE void score_rows(const int half, const int width, const int heads, const int changes, const Cache *cache, int64_t at,
-                       int64_t parts, const lanes *queries, float *scores) {
+INLINE void score_rows(const int half, const int width, const int heads, const int changes, const Cache *cache,
+                       int64_t at, int64_t parts, const lanes *queries, float *scores) {
     const int pair = width > 1 ? 2 : 1;
     lanes sums[TOGETHER][2][KEYS];
     for (int key = 0; key < KEYS; key++, at += cache->token) {
@@ -93,10 +93,10 @@ static void soften(Softmax *so_far, float *restrict scores, float *restrict chan
     for (int64_t i = 0; i < count; i++) changes[i] = ratio * scores[i] * (changes[i] - so_far->mean);
 }
 
-// Adds the values of `count` rows from `at` on, all in one page, to the sums of each head: those of `width` vectors of a
-// row stay in registers.
-INLINE void add_values(const int half, const int width, const int heads, const int changes, const Cache *cache, int64_t at,
-                       int64_t count, int64_t parts, const float *scores, lanes *sums) {
+// Adds the values of `count` rows from `at` on, all in one page, to the sums of each head: those of `width` vectors of
+// a row stay in registers.
+INLINE void add_values(const int half, const int width, const int heads, const int changes, const Cache *cache,
+                       int64_t at, int64_t count, int64_t parts, const float *scores, lanes *sums) {
     const int pair = width > 1 ? 2 : 1;
     for (int64_t first = 0; first < parts; first += width) {
         lanes o[TOGETHER][2][4];

@@ -74,7 +74,7 @@ def test_no_kernel_reads_or_writes_beside_its_tensors(tmp_path):
     assert list((tmp_path / "agd-vllm").glob("*.so"))
     names = ("kernels/test_gate_kernel", "attribution/test_cached_attention", "inline/test_paged_attention")
     files = [str(CHECKOUT / "tests" / f"{name}.py") for name in (*names, "attribution/test_streams")]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *files]
     environment["LD_PRELOAD"] = runtime.strip()
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CHECKOUT, timeout=550)
     assert run.returncode == 0, run.stdout + run.stderr
