@@ -1,7 +1,7 @@
 """Where the weights of a Hugging Face model lie: one short adapter per architecture, no weight is copied.
 
-To add an architecture: name it in `architectures.TEXT_MODEL`, write its adapter here, give `lxt_compat` its classes and
-`tests/attribution/tiny.py` a tiny model; the tests then hold it to the oracle.
+To add an architecture: name it in `agd_vllm.models.architectures`, write its adapter here, give `lxt_compat` its
+classes and `tests/attribution/tiny.py` a tiny model; the tests then hold it to the oracle.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,14 +17,13 @@ import psutil
 from agd_vllm.engine.admission import Admission
 from agd_vllm.engine.arguments import gpus_per_engine
 from agd_vllm.engine.channel import TRACE_VARIABLE, EngineStep, GateReceiver
+from agd_vllm.engine.environment import in_this_process, on_cpu, set_environment
 from agd_vllm.engine.occupancy import Occupancy
-from agd_vllm.engine.orphans import ACTOR_VARIABLE
 from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.records import PreparedRow, RowRefused
 from agd_vllm.trace import Tracer
 
 CPU_MEMORY_SHARE = 1 / 8
-IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 # With something to run, an engine that gives no token at all for so long hangs.
 SILENCE_S = 900.0
 # The gate by vLLM's interface: Model Runner V2, or V1. What else a strategy may ask for, Model Runner V1 only.
@@ -82,7 +81,7 @@ class Engine:
     def start(self) -> None:
         self._receiver = GateReceiver(self._trace_step)
         asyncio.get_running_loop().add_reader(self._receiver.fileno(), self._receiver.drain)
-        _set_environment(self._settings)
+        set_environment(self._settings.cores, bool(self._settings.processors))
         if self._tracer.enabled:
             os.environ[TRACE_VARIABLE] = "1"
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -90,12 +89,12 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         args = AsyncEngineArgs(**self._engine_args())
-        stepped = self._settings.plain and _on_cpu()
-        with _in_this_process() if stepped else nullcontext():
+        stepped = self._settings.plain and on_cpu()
+        with in_this_process() if stepped else nullcontext():
             # vLLM's sizes of a batch for offline use, as in vllm.LLM.
             config = args.create_engine_config(UsageContext.LLM_CLASS)
         self._fit_model_runner(config)
-        if not _on_cpu():
+        if not on_cpu():
             check_gpu(config)
         if stepped:
             from agd_vllm.engine.stepped import SteppedLLM
@@ -144,7 +143,7 @@ class Engine:
         if gpus_per_engine(settings.engine_args) > 1:
             # All of them are this actor's; within a placement group vLLM would ask Ray for others.
             args["distributed_executor_backend"] = "mp"
-        if _on_cpu() and "gpu_memory_utilization" not in settings.engine_args:
+        if on_cpu() and "gpu_memory_utilization" not in settings.engine_args:
             args["kv_cache_memory_bytes"] = int(psutil.virtual_memory().total * CPU_MEMORY_SHARE)
         args |= settings.engine_args
         if settings.processors:
@@ -297,34 +296,3 @@ def check_gpu(config: Any) -> None:
         "gpu_memory_utilization or tensor_parallel_size, or more GPUs"
     )
     check_room("an engine", needs, int(share * total), total, remedies)
-
-
-@contextmanager
-def _in_this_process() -> Iterator[None]:
-    """vLLM plans for an engine that is stepped by its caller."""
-    before = os.environ.get(IN_PROCESS)
-    os.environ[IN_PROCESS] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[IN_PROCESS]
-        else:
-            os.environ[IN_PROCESS] = before
-
-
-def _on_cpu() -> bool:
-    import torch
-
-    return not torch.cuda.is_available()
-
-
-def _set_environment(settings: EngineSettings) -> None:
-    """vLLM reads these when it is imported or when its worker starts; what the user has set wins."""
-    if _on_cpu() or settings.processors:
-        # Model Runner V2 needs a GPU's Triton, and takes no processors of V1.
-        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ[ACTOR_VARIABLE] = f"{os.getpid()}"
-    if settings.cores is not None:
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, settings.cores)))

@@ -1,0 +1,43 @@
+"""What vLLM reads from this process's environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from agd_vllm.engine.orphans import ACTOR_VARIABLE
+
+IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
+
+
+def on_cpu() -> bool:
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def set_environment(cores: list[int] | None, processors_of_v1: bool) -> None:
+    """vLLM reads these when it is imported or when its worker starts; what the user has set wins. `cores`: those of its
+    threads, None leaves them to vLLM."""
+    if on_cpu() or processors_of_v1:
+        # Model Runner V2 needs a GPU's Triton, and takes no processors of V1.
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ[ACTOR_VARIABLE] = f"{os.getpid()}"
+    if cores is not None:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+
+
+@contextmanager
+def in_this_process() -> Iterator[None]:
+    """vLLM plans for an engine that is stepped by its caller."""
+    before = os.environ.get(IN_PROCESS)
+    os.environ[IN_PROCESS] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[IN_PROCESS]
+        else:
+            os.environ[IN_PROCESS] = before
