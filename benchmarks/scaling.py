@@ -27,6 +27,8 @@ from typing import Any
 import click
 import numpy as np
 import pyarrow.parquet as pq
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from agd_vllm.attribution.pool import AttributionPool
 from agd_vllm.attribution.worker import ScoredBatch
@@ -203,7 +205,8 @@ async def simulate(measured: Measured, engines: int, workers: int, sessions: int
     made, actors = [], [SimulatedWorker(measured) for _ in range(workers)]
     tasks: deque[asyncio.Task] = deque()
     loop = asyncio.get_running_loop()
-    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "")
+    # It knows no token: rows have no text.
+    tokenizer = SimpleNamespace(backend_tokenizer=Tokenizer(WordLevel({}, unk_token="")))
     for index in range(engines):
         chosen = {f"{index}-{row}": pool_of_rows.choice(measured.rows) for row in range(rows)}
         share = measured.guided_share if workers else 0.0

@@ -86,7 +86,7 @@ def test_the_command_writes_a_head_set_for_decode(tmp_path, smollm2):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"INPUT": "missing.jsonl"}, "No such file"),
+        ({"INPUT": "missing.jsonl"}, "does not exist"),
         ({"--top": "271"}, "270 heads (30 layers of 9)"),
         ({"--top": "0"}, "--top"),
         ({"--output": "missing/heads.json"}, "no such folder"),
