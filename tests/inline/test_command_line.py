@@ -74,7 +74,9 @@ def test_a_script_of_ones_own_gives_the_command_lines_tokens(inline, smollm2, tm
     assert any(one[0] != other[0] for one, other in zip(*halves, strict=True)), "the regions make no difference"
 
 
+@pytest.mark.long
 def test_without_a_compiler_it_decodes_the_same_and_says_so_once(inline, smollm2, tmp_path):
+    """In parts: test_models.py for the scores, tests/kernels/test_compiled_kernels.py for what is said."""
     folder, _ = inline
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversations(6)[:2]))
     options = ("--scorer", "inline", "--tau", "0.7", "--debug")
