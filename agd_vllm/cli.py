@@ -16,6 +16,7 @@ from agd_vllm.commands.lm_eval import lm_eval
 from agd_vllm.commands.model import model
 from agd_vllm.commands.process import OTHER, UNUSABLE
 from agd_vllm.commands.report import report
+from agd_vllm.pipeline.signals import as_interrupt
 from agd_vllm.version import __version__
 
 
@@ -33,7 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs a command and exits with the contract's status; one readable line on stderr for what went wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        status = cli.main(arguments, prog_name="agd-vllm", standalone_mode=False)
+        with as_interrupt():
+            status = cli.main(arguments, prog_name="agd-vllm", standalone_mode=False)
     except click.ClickException as error:
         status = _fail(error.format_message(), UNUSABLE)
     except click.Abort:

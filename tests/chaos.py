@@ -1,4 +1,5 @@
-"""A run whose driver, engine and worker are killed at random moments, and started again until it is finished.
+"""A run whose driver, engine and worker are killed or told to end at random moments, and started again until it is
+finished.
 
     python tests/chaos.py --model M --kills 30 --seed 0 --json OUT.json
 
@@ -27,14 +28,20 @@ import pyarrow.parquet as pq
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEMO_ROWS = CHECKOUT / "examples/demo.jsonl"
-# What a process of each part is called; the driver is the command line itself, killed or interrupted (Ctrl-C).
+# What a process of each part is called; the driver is the command line itself, killed, interrupted (Ctrl-C), or told to
+# end with all of its process group, as by schedulers and lost terminals.
 PARTS = {
     "driver": None,
     "interrupt": None,
+    "terminate": None,
+    "hangup": None,
     "worker": "ray::AttributionWorker",
     "engine": "VLLM::EngineCore",
     "actor": "ray::Replica",
 }
+ENDINGS = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM, "hangup": signal.SIGHUP}
+# Of which the driver alone hears.
+ALONE = ("interrupt",)
 INTERRUPTED = "agd-vllm: interrupted; the same command goes on where it stopped"
 # Ray's agents outlive a driver that was killed outright: they try for 60 seconds (fixed in Ray) to tell it of that.
 RAY_AGENTS, RAY_AGENTS_STAY_S = ("ray::DashboardAgent", "ray::RuntimeEnvAgent"), 90
@@ -130,9 +137,12 @@ def strike(part: str, run: ChaosRun, driver: psutil.Process, at_rows: int, delay
         if run.rows() >= at_rows and all(victims(name, driver) for name in run.parts_alive):
             time.sleep(delay)
             alive, targets = family(driver), victims(part, driver)
+            if part in ENDINGS and part not in ALONE:
+                os.killpg(driver.pid, ENDINGS[part])
+                return alive
             for target in targets:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    target.send_signal(signal.SIGINT if part == "interrupt" else signal.SIGKILL)
+                    target.send_signal(ENDINGS.get(part, signal.SIGKILL))
             if targets:
                 return alive
         time.sleep(0.2)
@@ -160,9 +170,11 @@ def unleash(
     calm: Path,
     delay_s: float = 2,
     scorer: str = "forward",
+    to_the_last: bool = True,
 ) -> dict[str, Any]:
     """Runs with `kills` (names of PARTS, in this order, each at most `delay_s` after rows have become durable),
-    compares with the rows in the output `calm`, which may hold others, too; returns what happened."""
+    compares with the rows in the output `calm`, which may hold others, too; returns what happened. Waits `to_the_last`
+    of Ray's agents, for a minute, where the driver was killed."""
     rng = random.Random(seed)
     stormy = ChaosRun(model, folder / "stormy", rows, scorer=scorer)
     waiting, launches, agents = list(kills), 0, []
@@ -182,7 +194,7 @@ def unleash(
             before |= stormy.parts()
         status = driver.wait()
         if status == 1:
-            assert last == "interrupt", stormy.log()
+            assert last in ENDINGS, stormy.log()
             assert stormy.log().splitlines()[-1] == INTERRUPTED
         else:
             assert status == 0 or (status == -signal.SIGKILL and last == "driver"), stormy.log()
@@ -191,7 +203,8 @@ def unleash(
         await_end([process for process in still if process not in agents], timeout=60)
         after = stormy.parts()
         assert all(after.get(path) == content for path, content in before.items()), "a durable part has changed"
-    await_end(agents, RAY_AGENTS_STAY_S)
+    if to_the_last:
+        await_end(agents, RAY_AGENTS_STAY_S)
     summary = json.loads((stormy.output / "summary.json").read_text())
     logged = Counter(stormy.faults())
     # An invocation that is killed outright counts what it logged up to some seconds before.

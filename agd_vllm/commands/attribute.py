@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from agd_vllm.commands import options as shared
-from agd_vllm.commands.process import ROWS_FAILED, end_as_interrupt, quiet_unless
+from agd_vllm.commands.process import ROWS_FAILED, quiet_unless
 
 # What decodes answers where rows give none: with --run the answers are there.
 DECODING = ("engines", "max_tokens", "max_model_len", "dtype", "engine_args", "chat_template_kwargs", "seed")
@@ -69,7 +69,6 @@ def attribute(
     from agd_vllm.pipeline.relevance import RelevanceSettings, attribute_run
     from agd_vllm.pipeline.run import RunSettings, run_dataset
 
-    end_as_interrupt()
     failed = 0
     if run_directory is None:
         options = DecoderOptions(

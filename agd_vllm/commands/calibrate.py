@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from agd_vllm.commands import options as shared
-from agd_vllm.commands.process import ROWS_FAILED, end_as_interrupt, quiet_unless
+from agd_vllm.commands.process import ROWS_FAILED, quiet_unless
 
 
 @click.command()
@@ -46,7 +46,6 @@ def calibrate(
     from agd_vllm.pipeline.options import DecoderOptions
 
     decoder_options = DecoderOptions(**options, strategy="greedy", entropies=True)
-    end_as_interrupt()
     try:
         failed = calibration.calibrate(
             calibration.CalibrationSettings(inputs, output, percentile, limit), decoder_options

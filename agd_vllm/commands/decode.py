@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from agd_vllm.commands import options as shared
-from agd_vllm.commands.process import ROWS_FAILED, end_as_interrupt, quiet_unless
+from agd_vllm.commands.process import ROWS_FAILED, quiet_unless
 
 
 @click.command()
@@ -78,6 +78,5 @@ def decode(
     else:
         if output is None:
             raise click.UsageError("--output DIR is missing; say where the results go (or try --dry-run)")
-        end_as_interrupt()
         failed = run_dataset(RunSettings(inputs, output, limit, resume, part_rows, part_seconds), decoder_options)
     ctx.exit(ROWS_FAILED if failed else 0)

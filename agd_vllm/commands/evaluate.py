@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from agd_vllm.commands import options as shared
-from agd_vllm.commands.process import ROWS_FAILED, end_as_interrupt, quiet_unless
+from agd_vllm.commands.process import ROWS_FAILED, quiet_unless
 from agd_vllm.evaluation.suites import SUITES
 
 
@@ -71,7 +71,6 @@ def evaluate(
 
     shared_options = DecoderOptions(**options)
     parsed = parse_strategies(strategies, shared_options)
-    end_as_interrupt()
     settings = EvaluationSettings(suite, data, output, limit, distractors)
     failed = run_evaluation(settings, shared_options, parsed, click.echo)
     ctx.exit(ROWS_FAILED if failed else 0)

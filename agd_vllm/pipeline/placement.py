@@ -6,10 +6,12 @@ import logging
 import os
 import signal
 import threading
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import ray
 
 from agd_vllm.attribution.worker import AttributionSettings, AttributionWorker
@@ -17,6 +19,7 @@ from agd_vllm.engine.engine import EngineSettings, GateSettings
 from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.pipeline.cores import split_cores
 from agd_vllm.pipeline.replica import Replica
+from agd_vllm.pipeline.signals import not_for_children
 from agd_vllm.pipeline.strategies import Strategy
 from agd_vllm.pipeline.teams import Demand, Reservation, Shares, gpu_shares
 
@@ -45,18 +48,29 @@ def connect(demand: Demand, debug: bool) -> Cluster:
 
     Raises RuntimeError where the cluster has too few CPUs or GPUs, or others do not let go of them.
     """
-    if ray.is_initialized():
-        started = False
-    else:
-        # Set by `ray job submit` and by users of a running cluster; one that merely runs here is not ours to use.
-        address = os.environ.get("RAY_ADDRESS", "local")
-        options: dict[str, Any] = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
-        started = address == "local"
+    # Set by `ray job submit` and by users of a running cluster; one that merely runs here is not ours to use.
+    address = os.environ.get("RAY_ADDRESS", "local")
+    started = not ray.is_initialized() and address == "local"
+    try:
+        if not ray.is_initialized():
+            _init(address, demand, debug)
+        return _claim(started, demand)
+    except BaseException:
         if started:
-            # A CPU more than there are cores only lets more actors share them; threads are split elsewhere.
-            options |= {"num_cpus": max(os.cpu_count() or 1, demand.actors), "include_dashboard": False}
-        with _signal_handlers_kept():
-            ray.init(address=address, **options)
+            _stop_ray()
+        raise
+
+
+def _init(address: str, demand: Demand, debug: bool) -> None:
+    options: dict[str, Any] = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
+    if address == "local":
+        # A CPU more than there are cores only lets more actors share them; threads are split elsewhere.
+        options |= {"num_cpus": max(os.cpu_count() or 1, demand.actors), "include_dashboard": False}
+    with not_for_children(), _signal_handlers_kept():
+        ray.init(address=address, **options)
+
+
+def _claim(started: bool, demand: Demand) -> Cluster:
     resources = ray.cluster_resources()
     cpus = int(resources.get("CPU", 0))
     if cpus < demand.actors:
@@ -82,7 +96,41 @@ def disconnect(cluster: Cluster) -> None:
     if ray.is_initialized():
         cluster.room.give_back()
     if cluster.started:
-        ray.shutdown()
+        _stop_ray()
+
+
+def _stop_ray() -> None:
+    """Ends the Ray that this process started. Its daemons do not hear the signal that asks them to end, so that Ray
+    kills them, one by one and a second after it asked: their agents and actors, and what these began, are ended here,
+    and daemons that nothing depends on before."""
+    daemons = _daemons()
+    begun = [process for daemon in daemons for process in _family(daemon)]
+    _kill(daemon for daemon in daemons if daemon.name().startswith("python"))
+    ray.shutdown()
+    _kill(begun)
+
+
+def _daemons() -> list[psutil.Process]:
+    folder = os.path.dirname(ray.__file__)
+    return [child for child in psutil.Process().children() if any(folder in part for part in _command(child))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    with suppress(psutil.NoSuchProcess):
+        return process.cmdline()
+    return []
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def cores(cluster: Cluster, engines: int, workers: int) -> tuple[list[list[int] | None], list[list[int] | None]]:

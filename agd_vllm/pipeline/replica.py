@@ -11,12 +11,14 @@ from typing import Any
 from agd_vllm.attribution.pool import AttributionPool, WorkerLost
 from agd_vllm.engine.engine import Engine, EngineSettings, GateSettings
 from agd_vllm.engine.events import SessionFailed
+from agd_vllm.engine.stops import StopCheck
 from agd_vllm.faults import Fault, FaultLog, last_line
 from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.pipeline.row_loop import decode_row
+from agd_vllm.pipeline.signals import heard_by_children
 from agd_vllm.pipeline.strategies import AGD, Strategy
 from agd_vllm.prompts.tokenizer import load_tokenizer
-from agd_vllm.records import DecodedRow, PreparedRow, RowRefused
+from agd_vllm.records import DecodedRow, Gate, PreparedRow, Roi, RowRefused
 from agd_vllm.trace import Span, Tracer
 
 POOL_DEADLINE_S = 600.0
@@ -80,13 +82,29 @@ class Replica:
             logging.getLogger("vllm").setLevel(logging.ERROR)
 
     async def start(self) -> ReplicaInfo:
-        """Loads the model; raises what vLLM raises."""
+        """Loads the model and decodes two tokens; raises what vLLM raises, EngineLost where it fails at these."""
         begun = time.perf_counter()
+        heard_by_children()  # vLLM ends its processes by signals
         self._tokenizer = load_tokenizer(
             self._model.path, revision=self._model.revision, trust_remote_code=self._model.trust_remote_code
         )
         self._engine.start()
+        await self._take_first_steps()
         return ReplicaInfo(self._engine.max_model_len, self._engine.max_sessions, time.perf_counter() - begun)
+
+    async def _take_first_steps(self) -> None:
+        """A model that vLLM loads and cannot run is found here: later on it would be the rows' fault."""
+        row = PreparedRow("first steps", [0], Roi(), max_tokens=2)
+        stops = StopCheck(row, frozenset(), self._tokenizer)
+        try:
+            async with self._engine.session(row, self._model.pause_id is not None, stops) as session:
+                event = await session.next()
+                while isinstance(event, Gate):
+                    event = session.select(event.candidate_ids[0]) or await session.next()
+        except Exception as error:
+            if await self._engine.dies(ENGINE_DEATH_S):
+                raise EngineLost(f"at its first steps {self._engine.cause_of_death}") from error
+            raise
 
     async def attach(self, workers: list[Any], stateful: bool, cache_tokens: int | None) -> None:
         """Names the attribution workers, which rows wait for; with none of them no row is guided by attribution.
@@ -157,7 +175,7 @@ class Replica:
             if self._fatal is not None:
                 raise self._fatal
             if self._engine.dead:
-                raise EngineLost("vLLM's engine died or gave no token for too long")
+                raise EngineLost(self._engine.cause_of_death)
         return ended, progress
 
     async def cancel(self, batch: int) -> None:
