@@ -11,6 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 _ANSI_CODE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+# How a traceback begins its last line.
+_OWN_CLASS = re.compile(r"^agd_vllm(\.\w+)+: ")
+_CLASS_PATH = re.compile(r"^(?:\w+\.)+(\w+: )")
+MAX_REASON = 500
 
 log = logging.getLogger("agd_vllm")
 
@@ -69,7 +73,16 @@ class FaultLog:
         return fresh
 
 
-def last_line(error: Exception) -> str:
-    """The last words of an error, which may hold a remote traceback, in colours."""
+def last_line(error: BaseException) -> str:
+    """The last words of an error, which may hold a remote traceback, in colours; classes without their modules, and
+    errors of our own without their class."""
     lines = [line.strip() for line in _ANSI_CODE.sub("", str(error)).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return _CLASS_PATH.sub(r"\1", _OWN_CLASS.sub("", lines[-1]))
+
+
+def reason(error: BaseException) -> str:
+    """What an error of others says, in one line: its class and the first line of its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:MAX_REASON]}" if lines else type(error).__name__

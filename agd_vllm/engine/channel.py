@@ -61,6 +61,7 @@ class Datagram(msgspec.Struct):
     choices: list[Choice] = []
     entropies: list[Entropy] = []
     samples: list[Sample] = []
+    failure: str | None = None
 
 
 class GateSender:
@@ -89,6 +90,9 @@ class GateSender:
     def send_entropies(self, entropies: list[Entropy]) -> None:
         for start in range(0, len(entropies), NOTES_PER_DATAGRAM):
             self._send(Datagram(entropies=entropies[start : start + NOTES_PER_DATAGRAM]))
+
+    def send_failure(self, reason: str) -> None:
+        self._send(Datagram(failure=reason))
 
     def _send(self, datagram: Datagram) -> None:
         # The receiver is gone only when its actor is; the engine then ends with it.
@@ -142,6 +146,8 @@ class GateReceiver:
 
     def __init__(self, on_step: Callable[[EngineStep], None]):
         self._on_step = on_step
+        # What vLLM's process has last failed with.
+        self.failure: str | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="agd-vllm-")
         self.path = str(Path(self._folder.name) / "gate")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -178,6 +184,8 @@ class GateReceiver:
                         self._followed[key].take(step, guided)
                 if datagram.step is not None:
                     self._on_step(datagram.step)
+                if datagram.failure is not None:
+                    self.failure = datagram.failure
 
     def expect(self, key: int) -> None:
         """Keeps reports of `key` until `forget`."""

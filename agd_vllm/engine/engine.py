@@ -264,6 +264,13 @@ class Engine:
         """vLLM's engine is gone, or as good as gone: silent with something to run."""
         return self._llm.errored or self.occupancy.silent_seconds > SILENCE_S
 
+    @property
+    def cause_of_death(self) -> str:
+        if not self._llm.errored:
+            return f"vLLM gave no token for {SILENCE_S:g} s"
+        self._receiver.drain()
+        return f"vLLM's engine died: {self._receiver.failure or 'its process ended without a word'}"
+
     async def dies(self, within_s: float) -> bool:
         """Whether the engine is dead, or is found to be so soon: vLLM fails its requests before it says so."""
         deadline = time.monotonic() + within_s

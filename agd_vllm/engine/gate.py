@@ -12,6 +12,7 @@ import torch
 from agd_vllm.engine.channel import SOCKET_VARIABLE, TRACE_VARIABLE, EngineStep, GateSender
 from agd_vllm.engine.gate_params import GateParams
 from agd_vllm.engine.gate_reports import report_sender
+from agd_vllm.engine.last_words import tell_last_words
 from agd_vllm.engine.orphans import end_with_actor
 from agd_vllm.kernels.gate import gate
 from agd_vllm.kernels.to_device import to_device
@@ -23,10 +24,12 @@ class BatchGate:
 
     def __init__(self, device: torch.device, reports: bool):
         self._device = device
-        self._reports = report_sender(GateSender(os.environ[SOCKET_VARIABLE]), device) if reports else None
+        sender = GateSender(os.environ[SOCKET_VARIABLE])
+        self._reports = report_sender(sender, device) if reports else None
         self._traced = TRACE_VARIABLE in os.environ
         self.set_rows([], [])
         end_with_actor()
+        tell_last_words(sender)
         self.begin()
 
     def begin(self) -> None:

@@ -15,7 +15,8 @@ import torch
 from vllm import SamplingParams
 from vllm.outputs import RequestOutput
 
-log = logging.getLogger("agd_vllm")
+# As vLLM's own engine process says what it dies of.
+log = logging.getLogger("vllm.agd_vllm")
 
 STOP_S = 10.0
 
@@ -80,7 +81,7 @@ class SteppedLLM:
             while self._take_calls(engine):
                 self._tell(engine.step())
         except BaseException as error:
-            log.exception("vLLM's engine died")
+            log.exception("the engine died")
             self._error = error
             self._loop.call_soon_threadsafe(self._fail, error)
         else:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from agd_vllm.engine.channel import SOCKET_VARIABLE, TRACE_VARIABLE, EngineStep, GateSender, Guided
+from agd_vllm.engine.last_words import tell_last_words
 from agd_vllm.engine.orphans import ACTOR_VARIABLE, end_with_actor
 from agd_vllm.inline.params import InlineParams
 from agd_vllm.kernels.gate import gate
@@ -24,6 +25,8 @@ class Selection:
         self._traced = TRACE_VARIABLE in os.environ
         if ACTOR_VARIABLE in os.environ:
             end_with_actor()
+        if self._sender:
+            tell_last_words(self._sender)
         self.begin()
 
     def begin(self) -> None:

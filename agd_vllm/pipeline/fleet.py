@@ -13,6 +13,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from agd_vllm.attribution.pool import WorkerLost
 from agd_vllm.faults import FaultLog, last_line
+from agd_vllm.pipeline.deaths import KEPT, Deaths
 from agd_vllm.pipeline.replica import EngineLost, Progress, ReplicaInfo, RowFailed
 from agd_vllm.pipeline.source import Source
 from agd_vllm.pipeline.suspects import Suspects
@@ -29,10 +30,6 @@ TURN_S = 1.0
 ROWS_AHEAD = 32
 # Rows handed to an engine at a time: the first ones decode while the next are read and prepared.
 ROWS_PER_TURN = 8
-MAX_RESTARTS_IN_A_ROW = 5
-# So many poison rows with none decoded in between: it is not the rows.
-MAX_POISON_IN_A_ROW = 10
-KEPT = "what was decoded is kept, and the same command goes on from there"
 
 log = logging.getLogger("agd_vllm")
 
@@ -59,8 +56,7 @@ class Fleet:
     """Starts `count` engines by `make` (index to an actor of Replica); `attach` (index, actor) tells each who scores.
 
     `one_by_one`: engines that load at once would take each other's memory for their own.
-    Raises RuntimeError where one cannot start, or where engines die MAX_RESTARTS_IN_A_ROW times with nothing gained in
-    between: no row decoded, no poison row found, no rows cleared of suspicion.
+    Raises RuntimeError where one cannot start, or where they die too often (see Deaths).
     """
 
     def __init__(
@@ -80,8 +76,7 @@ class Fleet:
         self._suspects = Suspects()
         self._decoding = False
         self._batch = 0
-        self._restarts_in_a_row = 0
-        self._poison_in_a_row = 0
+        self._deaths = Deaths()
         self._idle_before = 0.0
         self._faults = faults
         self._trace = trace
@@ -118,7 +113,7 @@ class Fleet:
         self._decoding = True
         self._batch += 1
         try:
-            yield from self._settle(source)
+            self._settle(source)
             while not source.exhausted or self._suspects or any(engine.rows for engine in self._engines):
                 if not self._engines:
                     raise RuntimeError("closed while a decode() was going on")
@@ -126,8 +121,9 @@ class Fleet:
                     self._fill(engine, source)
                 yield from source.refused()
                 yield from self._collect(source)
-                yield from self._replace_silent(source)
+                self._replace_silent(source)
                 yield None
+            yield from self._deaths.clear()
         finally:
             self._decoding = False
             self._forget()
@@ -174,7 +170,7 @@ class Fleet:
         except Exception as error:
             if not _is_death(engine, error):
                 raise
-            yield from self._replace(engine, source, error)
+            self._replace(engine, source, error)
             return
         if not engine.started:
             self._begin(engine)
@@ -182,9 +178,11 @@ class Fleet:
         ended, progress = answer
         self._heed(engine, progress)
         for row in ended:
-            self._restarts_in_a_row = self._poison_in_a_row = 0
+            self._deaths.row_ended()
             del engine.rows[row.id]
             yield source.outcome(row)
+        if ended:
+            yield from self._deaths.clear()
 
     def _heed(self, engine: _Engine, progress: Progress) -> None:
         engine.waiting = progress.waiting_for_attribution
@@ -193,7 +191,7 @@ class Fleet:
             self._trace.write(f"engine {engine.index}", progress.spans)
         self._faults.absorb(progress.faults)
 
-    def _replace_silent(self, source: Source) -> Iterator[RowError]:
+    def _replace_silent(self, source: Source) -> None:
         for engine in self._engines:
             limit = SILENCE_S if engine.started else START_S
             if engine.call is None or time.monotonic() - engine.called <= limit:
@@ -201,9 +199,9 @@ class Fleet:
             # The time may have passed here, with a slow caller. An answer from afar takes a moment to be fetched.
             answered, _ = ray.wait([engine.call], num_returns=1, timeout=TURN_S)
             if not answered:
-                yield from self._replace(engine, source, TimeoutError(f"no answer for {limit:g} s"))
+                self._replace(engine, source, TimeoutError(f"no answer for {limit:g} s"))
 
-    def _replace(self, engine: _Engine, source: Source, error: Exception) -> Iterator[RowError]:
+    def _replace(self, engine: _Engine, source: Source, error: Exception) -> None:
         """A new engine in the place of a dead one. The rows that it held are suspects."""
         reason, rows = last_line(error), list(engine.rows.values())
         self._faults.record("engine_restarts", reason=reason, rows=len(rows))
@@ -212,27 +210,16 @@ class Fleet:
         self._idle_before += engine.idle_seconds
         self._engines[engine.index] = self._launch(engine.index)
         poison = self._suspects.add(rows)
-        # Suspects that were halved are a gain, too: that comes to an end.
-        self._restarts_in_a_row = 0 if poison or len(rows) > 1 else self._restarts_in_a_row + 1
+        blamed = None
         if poison:
-            self._poison_in_a_row += 1
             message = f"the engine died whenever it decoded this row: {reason}"
-            yield source.outcome(RowFailed(poison.id, "poison", message))
-        self._check_hope(reason)
-
-    def _check_hope(self, reason: str) -> None:
-        if self._restarts_in_a_row > MAX_RESTARTS_IN_A_ROW:
-            what = f"the engine died {self._restarts_in_a_row} times in a row"
-        elif self._poison_in_a_row >= MAX_POISON_IN_A_ROW:
-            what = f"the engine died in each of {self._poison_in_a_row} rows in a row"
-        else:
-            return
-        raise RuntimeError(f"{what}, the last time: {reason}; {KEPT}")
+            blamed = source.outcome(RowFailed(poison.id, "poison", message))
+        self._deaths.add(reason, len(rows), blamed)
 
     def _forget(self) -> None:
         """Nothing of this decode() is left for the next: engines cancel what they hold, answers due are not heeded."""
         self._suspects.clear()
-        self._restarts_in_a_row = self._poison_in_a_row = 0
+        self._deaths.forget()
         for engine in self._engines:
             if engine.rows:
                 engine.left = [] if engine.call is None else [engine.call]
@@ -243,7 +230,7 @@ class Fleet:
                     log.debug("could not cancel an engine's rows: %s", error)
                     kill(engine.actor)
 
-    def _settle(self, source: Source) -> Iterator[RowError]:
+    def _settle(self, source: Source) -> None:
         """Waits until engines are done with a decode() that was left; one that is not done in time is replaced."""
         deadline = time.monotonic() + SILENCE_S
         for engine in self._engines:
@@ -252,7 +239,7 @@ class Fleet:
             try:
                 ray.get(engine.left, timeout=max(0.0, deadline - time.monotonic()))
             except Exception as error:
-                yield from self._replace(engine, source, error)
+                self._replace(engine, source, error)
             else:
                 engine.left = []
 

@@ -15,7 +15,8 @@ class Suspects:
 
     A group in which no engine dies is done with, one in which an engine dies is halved, and a single row in which
     engines die POISON_DEATHS times is poison. So one death costs two groups, and a poison row among n about log2(n)
-    deaths; the innocent ones among them are decoded side by side all the while.
+    deaths; the innocent ones among them are decoded side by side all the while, and between the deaths: where engines
+    die in every group it is not the rows.
     """
 
     def __init__(self) -> None:
@@ -26,15 +27,18 @@ class Suspects:
         return bool(self._groups)
 
     def take(self) -> list[PreparedRow]:
-        """The next group: the halves of the latest death come first."""
+        """The next group: a row alone at once, halves of the latest death after the half that they were parted from."""
         return self._groups.popleft()
 
     def add(self, rows: list[PreparedRow]) -> PreparedRow | None:
         """An engine died with `rows` in flight. Returns the poison row, if it is found by now: that one is not kept."""
         if len(rows) == 1 and self._is_poison(rows[0]):
             return rows[0]
-        half = (len(rows) + 1) // 2
-        self._groups.extendleft(group for group in (rows[half:], rows[:half]) if group)
+        if len(rows) == 1:
+            self._groups.appendleft(rows)
+        else:
+            half = (len(rows) + 1) // 2
+            self._groups.extend(group for group in (rows[:half], rows[half:]) if group)
         return None
 
     def _is_poison(self, row: PreparedRow) -> bool:

@@ -1,6 +1,7 @@
 """Gate reports from vLLM's process to the actor: all of them arrive, however many candidates they have."""
 
 import asyncio
+import logging
 import threading
 import time
 
@@ -8,6 +9,7 @@ import pytest
 
 from agd_vllm.engine import channel
 from agd_vllm.engine.channel import MAX_TOP_K, EngineStep, GateReceiver, GateSender, ReportsLost
+from agd_vllm.engine.last_words import tell_last_words
 
 
 @pytest.fixture
@@ -116,6 +118,23 @@ def test_entropies_of_many_rows_fit(receiver):
     while sending.is_alive() and time.monotonic() < deadline:
         receiver.drain()
     assert [receiver.entropies(key, range(2**31, 2**31 + 1)) for key in rows] == [[0.1]] * 5000
+
+
+def test_what_vllm_logs_with_its_exception_is_known_to_the_actor(receiver):
+    tell_last_words(GateSender(receiver.path))
+    log = logging.getLogger("vllm.v1.engine.core")
+    try:
+        log.error("a message without one")
+        receiver.drain()
+        assert receiver.failure is None
+        try:
+            raise NotImplementedError("no such head size\nand more")
+        except NotImplementedError:
+            log.exception("EngineCore encountered a fatal error.")
+    finally:
+        logging.getLogger("vllm").handlers.pop()
+    receiver.drain()
+    assert receiver.failure == "NotImplementedError: no such head size"
 
 
 GUIDED = (2.0, [5, 9], [0.5, 0.25], [0.1, 0.9])

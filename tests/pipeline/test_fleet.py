@@ -14,8 +14,9 @@ from agd_vllm.faults import FaultLog, last_line
 from agd_vllm.pipeline import fleet as subject
 from agd_vllm.pipeline import placement
 from agd_vllm.pipeline import source as source_module
+from agd_vllm.pipeline.deaths import MAX_DEATHS_AT_FIRST, MAX_POISON_IN_A_ROW, MAX_RESTARTS_IN_A_ROW
 from agd_vllm.pipeline.decoder import Decoder
-from agd_vllm.pipeline.fleet import MAX_POISON_IN_A_ROW, MAX_RESTARTS_IN_A_ROW, ROWS_AHEAD, Fleet
+from agd_vllm.pipeline.fleet import ROWS_AHEAD, Fleet
 from agd_vllm.pipeline.replica import EngineLost, Progress, ReplicaInfo
 from agd_vllm.pipeline.source import Source
 from agd_vllm.pipeline.suspects import POISON_DEATHS, Suspects
@@ -250,8 +251,9 @@ def test_lost_attribution_ends_the_run(world):
 
 
 def test_an_engine_that_always_fails_to_start_ends_the_run(world):
-    world.trouble = lambda replica: EngineLost("dead") if replica.rows or replica.launch > 0 else None
     fleet = fleet_of(world, 1)
+    run(fleet, rows(1))
+    world.trouble = lambda replica: EngineLost("dead") if replica.rows or replica.launch > 0 else None
     with pytest.raises(RuntimeError, match=f"died {MAX_RESTARTS_IN_A_ROW + 1} times in a row.*: dead"):
         run(fleet, rows(6))
 
@@ -266,10 +268,35 @@ def test_a_run_that_ended_so_does_not_count_for_the_next(world):
     assert set(run(fleet, rows(6)).values()) == {"ok"}
 
 
-def test_an_engine_that_dies_in_every_row_ends_the_run(world):
+def test_an_engine_that_dies_in_every_row_ends_the_run_and_no_row_is_to_blame(world):
+    fleet = fleet_of(world, 1)
+    run(fleet, rows(1))
     world.trouble = lambda replica: EngineLost("dead") if replica.rows else None
+    told = []
     with pytest.raises(RuntimeError, match=f"died in each of {MAX_POISON_IN_A_ROW} rows in a row"):
-        run(fleet_of(world, 1), rows(200))
+        told += (outcome for outcome in fleet.decode(source(rows(200))) if outcome is not None)
+    assert not told
+
+
+@pytest.mark.parametrize("count", [3, 12, 200])
+def test_engines_that_die_before_any_row_was_decoded_end_the_run_soon(world, count):
+    world.trouble = lambda replica: EngineLost("vLLM's own reason") if replica.rows else None
+    fleet, told = fleet_of(world, 1), []
+    with pytest.raises(RuntimeError, match=f"{MAX_DEATHS_AT_FIRST} engines died before.*: vLLM's own reason; "):
+        told += (outcome for outcome in fleet.decode(source(rows(count))) if outcome is not None)
+    assert not told
+    assert restarts(fleet) == MAX_DEATHS_AT_FIRST
+
+
+def test_the_only_row_of_a_run_is_to_blame_where_engines_die_in_it(world):
+    world.trouble = dies_with("r0")
+    assert run(fleet_of(world, 1), rows(1)) == {"r0": "poison"}
+
+
+def test_two_poison_rows_in_the_first_batch_do_not_end_the_run(world):
+    world.trouble = dies_with("r0", "r11")
+    outcomes = run(fleet_of(world, 1), rows(12))
+    assert {name for name, outcome in outcomes.items() if outcome == "poison"} == {"r0", "r11"}
 
 
 # Silence
@@ -497,7 +524,7 @@ def test_suspects_are_halved_until_the_poison_row_is_found():
             found = suspects.add(group)
     assert found is poison
     assert deaths == 3 + POISON_DEATHS
-    assert groups == [list("0123"), list("4567"), list("45"), ["4"], ["5"], ["5"], list("67")]
+    assert groups == [list("0123"), list("4567"), list("45"), list("67"), ["4"], ["5"], ["5"]]
 
 
 @pytest.mark.parametrize("engines", [1, 2])
@@ -508,7 +535,6 @@ def test_three_poison_rows_side_by_side_do_not_end_the_run(world, engines):
 
 
 def test_a_poison_row_among_many_is_found_in_few_deaths(world):
-    """Though no row is decoded between the deaths that halve the first rows again and again."""
     world.sessions, world.ends_at_once = 256, 1
     world.trouble = dies_with("r0")
     # An engine answers once it is full.
@@ -650,6 +676,10 @@ def test_the_last_line_of_an_error_is_plain_text():
     error = ValueError("traceback\n  File x\n\x1b[1;31mValueError\x1b[0m: no \x1b[36mmodel\x1b[39m\n\x1b[0m\n")
     assert last_line(error) == "ValueError: no model"
     assert last_line(ValueError("\x1b[0m\n")) == "ValueError"
+    lost = RuntimeError("trace\nagd_vllm.pipeline.replica.EngineLost: vLLM's engine died: ValueError: a.b")
+    assert last_line(lost) == "vLLM's engine died: ValueError: a.b"
+    lost = RuntimeError("trace\nvllm.v1.engine.exceptions.EngineDeadError: it died")
+    assert last_line(lost) == "EngineDeadError: it died"
 
 
 def test_metadata_of_the_row_comes_out(world):

@@ -1,6 +1,7 @@
 """What an engine actor hands over, in what order, when its end has come; no vLLM is started."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,7 @@ def replica(smollm2):
     info, _ = inspect_model(str(smollm2), pauses=True)
     replica = Replica(info, EngineSettings(), GateSettings(), traced=False, debug=False)
     replica._engine._llm = Vllm()
+    replica._engine._receiver = SimpleNamespace(drain=lambda: None, failure="ValueError: its own reason")
     replica._tokenizer = None
     return replica
 
@@ -44,13 +46,13 @@ def test_an_engine_that_died_or_is_silent_with_work_is_lost(replica, monkeypatch
     async def scenario():
         await replica.collect(0.01)
         replica._engine._llm.errored = True
-        with pytest.raises(EngineLost):
+        with pytest.raises(EngineLost, match="died: ValueError: its own reason"):
             await replica.collect(0.01)
         replica._engine._llm.errored = False
         with replica._engine.occupancy.session():
             await replica.collect(0.01)
             monkeypatch.setattr(engine_module, "SILENCE_S", 0.05)
-            with pytest.raises(EngineLost):
+            with pytest.raises(EngineLost, match="no token"):
                 await replica.collect(0.1)
 
     asyncio.run(scenario())
