@@ -5,9 +5,10 @@
         --contexts 512,1024,2048,4096,8192 --lxt-contexts 512,1024,2048,4096,8192    # on a GPU
 
 `lxt`: reverse mode, one forward with graph and a backward pass per candidate. `forward-full`: the tangent pass over the
-whole prefix, nothing cached. `forward-cached`: one new token after a cached prefix. Seconds are of the whole batch,
-`peak_bytes` beside the weights; both are null where the GPU's memory does not suffice. With `--shape` the weights are
-random ones (16 GB are written to a temporary folder for the 8B model).
+whole prefix, nothing cached. `forward-cached`: one new token after a cached prefix. Seconds are of the whole batch, the
+median of `repeats` runs after as many as it takes until two agree, `fastest` and `slowest` their spread (a point that
+takes long is run once); `peak_bytes` beside the weights; all are null where the GPU's memory does not suffice. With
+`--shape` the weights are random ones (16 GB are written to a temporary folder for the 8B model).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ CANDIDATES = (1000, 1001, 1002, 1003, 1004)
 ROI = Roi((Span(4, 36),))
 FULL_BATCH_CONTEXT = 512  # a batch of longer prefixes takes minutes, and is 16 times one of them
 GPU_REPEATS = 5
+# Runs before the first that counts: until two in a row differ by so much at most.
+WARM_UPS, AGREEMENT = 10, 0.2
 CACHE_BYTES = 16 << 30
 """Room for 16 sequences of 4,096 tokens of the demo model in float32 (6 GB), so that nothing is evicted."""
 
@@ -53,32 +57,52 @@ def requests(tokens: list[list[int]], start: int = 0) -> list[ScoreRequest]:
     return [ScoreRequest(f"row {row}", start, ids[start:], ROI, CANDIDATES) for row, ids in enumerate(tokens)]
 
 
-Measured = tuple[float | None, int | None]
-"""Seconds and bytes."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Seconds (median, spread) and bytes; None where memory did not suffice."""
+
+    seconds: float | None = None
+    fastest: float | None = None
+    slowest: float | None = None
+    repeats: int = 0
+    peak_bytes: int | None = None
 
 
 def measure(step: Callable[[], object], repeats: int, prepare: Callable[[], object] | None = None) -> Measured:
-    """Median seconds of `step` over `repeats` runs, and its peak of memory beyond what was held before `prepare`.
+    """`step` over `repeats` runs, and its peak of memory beyond what was held before `prepare`.
 
-    On a GPU a first run is not counted, in which kernels are compiled and memory is asked for, and there are more.
+    Runs before are not counted: in the first ones kernels are compiled, memory is asked for and caches fill. On a GPU
+    there are more of both; a single run on a CPU, which takes long, has none before.
     """
     held = _held()
-    seconds = []
-    on_gpu = torch.cuda.is_available()
     try:
         if prepare is not None:
             prepare()
-        if on_gpu:
-            step()
+        if torch.cuda.is_available():
             repeats = max(repeats, GPU_REPEATS)
+        if repeats > 1:
+            warm_up(step)
         _reset_peak()
-        for _ in range(repeats):
-            begun = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - begun)
+        seconds = [_seconds(step) for _ in range(repeats)]
     except torch.OutOfMemoryError:
-        return None, None
-    return statistics.median(seconds), _peak() - held
+        return Measured()
+    return Measured(statistics.median(seconds), min(seconds), max(seconds), repeats, _peak() - held)
+
+
+def warm_up(step: Callable[[], object]) -> None:
+    """Runs `step` until two runs in a row agree, WARM_UPS times at most."""
+    before = _seconds(step)
+    for _ in range(WARM_UPS - 1):
+        now = _seconds(step)
+        if abs(now - before) <= AGREEMENT * before:
+            return
+        before = now
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    step()
+    return time.perf_counter() - begun
 
 
 def measure_lxt(scorer: ReferenceScorer, context: int, repeats: int) -> Measured:
@@ -164,7 +188,7 @@ def ratios(measured: list[dict]) -> dict[str, float]:
 
 
 def _point(context: int, batch: int, scorer: str, measured: Measured) -> dict[str, Any]:
-    point = {"context": context, "batch": batch, "scorer": scorer, "seconds": measured[0], "peak_bytes": measured[1]}
+    point = {"context": context, "batch": batch, "scorer": scorer, **asdict(measured)}
     click.echo(json.dumps(point))
     return point
 

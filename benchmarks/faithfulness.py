@@ -6,8 +6,9 @@ RUN_DIR is written by `agd-vllm decode`: its prompts, regions, outputs and candi
 is scored by lxt in float32 (the oracle), by forward mode in float32 and in bfloat16, sequences growing from step to
 step as in a run. Errors are relative to the largest |score| of their step.
 
-Conservation, the sum of relevance over all tokens against the logit that it explains, is measured too: on real steps
-for the model of the run, on random tokens for tiny random models of every architecture.
+Conservation, the sum of relevance over all tokens against the logit that it explains, and the first token's share of
+relevance are measured too: on real steps for the model of the run, on random tokens for tiny random models of every
+architecture.
 """
 
 from __future__ import annotations
@@ -122,16 +123,22 @@ def compare(scores: Sequence[list[float]], oracle: Sequence[list[float]]) -> dic
 
 
 def conservation(relevances: Sequence[Relevance]) -> dict[str, Any]:
-    """How much of the logit the tokens' relevances sum up to: quartiles of the ratio, and the error's mean size."""
+    """How much of the logit the tokens' relevances sum up to: quartiles of the ratio, and the error's mean size; and
+    the first token's share of all |relevance|, which attribution skews towards."""
     ratios = [sum(relevance.tokens) / relevance.logit for relevance in relevances]
     errors = [abs(sum(relevance.tokens) - relevance.logit) for relevance in relevances]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    first = [abs(relevance.tokens[0]) / sum(map(abs, relevance.tokens)) for relevance in relevances]
     return {
         "targets": len(ratios),
-        "sum_over_logit": {"quartile_1": low, "median": middle, "quartile_3": high},
+        "sum_over_logit": _quartiles(ratios),
+        "first_token_share": _quartiles(first),
         "mean_abs_error": statistics.mean(errors),
         "mean_abs_logit": statistics.mean(abs(relevance.logit) for relevance in relevances),
     }
+
+
+def _quartiles(values: Sequence[float]) -> dict[str, float]:
+    return dict(zip(("quartile_1", "median", "quartile_3"), statistics.quantiles(values, n=4), strict=True))
 
 
 def random_models_conservation(rule: str) -> list[dict[str, Any]]:

@@ -175,6 +175,9 @@ def main(
         if scorer == "inline":
             with Decoder(model, scorer="inline", engines=decoder_options["engines"], **common) as beside:
                 inline_runs, greedy_beside = take_turns(beside, plain, turns[runs + 1 :])
+            for run in inline_runs:
+                # The engine is stepped in its actor: what else that does cannot be told from it.
+                del run["overhead_ms_per_guided_step"]
     agd, greedy = medians(agd_runs), medians(greedy_runs)
     result |= {
         "tokens_per_second": {"greedy": greedy["tokens_per_second"], "agd": agd["tokens_per_second"]},

@@ -1,5 +1,6 @@
 """The benchmarks that wait for a GPU run on a CPU, on small shapes."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -58,6 +59,22 @@ def test_a_guided_step_is_measured_with_random_weights(tmp_path):
         (128, "forward-cached"),
     ]
     assert all(point["seconds"] > 0 for point in points)
+
+
+def test_slow_first_runs_do_not_count(monkeypatch):
+    times = iter([9.0, 1.0, 0.11, 0.1, 0.1, 0.3, 0.12])
+    monkeypatch.setattr(attribution, "_seconds", lambda step: next(times))
+    monkeypatch.setattr(attribution, "_reset_peak", lambda: None)
+    measured = attribution.measure(lambda: None, 3)
+    assert (measured.seconds, measured.fastest, measured.slowest, measured.repeats) == (0.12, 0.1, 0.3, 3)
+
+
+def test_runs_that_never_agree_are_warmed_up_for_a_while_only(monkeypatch):
+    times = itertools.cycle([1.0, 2.0])
+    runs = []
+    monkeypatch.setattr(attribution, "_seconds", lambda step: runs.append(next(times)) or runs[-1])
+    attribution.warm_up(lambda: None)
+    assert len(runs) == attribution.WARM_UPS
 
 
 def test_what_did_not_fit_has_no_ratio():
