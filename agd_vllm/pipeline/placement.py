@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -100,17 +101,36 @@ def disconnect(cluster: Cluster) -> None:
 
 def _stop_ray() -> None:
     """Ends the Ray that this process started. Its daemons do not hear the signal that asks them to end, so that Ray
-    kills them: their agents and actors, and what these began, are ended here."""
-    begun = [process for daemon in _daemons() for process in (daemon, *daemon.children(recursive=True))]
+    kills them, one by one and a second after it asked: their agents and actors, and what these began, are ended here,
+    and daemons that nothing depends on before."""
+    daemons = _daemons()
+    begun = [process for daemon in daemons for process in _family(daemon)]
+    _kill(daemon for daemon in daemons if daemon.name().startswith("python"))
     ray.shutdown()
-    for process in begun:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    _kill(begun)
 
 
 def _daemons() -> list[psutil.Process]:
     folder = os.path.dirname(ray.__file__)
-    return [child for child in psutil.Process().children() if any(folder in part for part in child.cmdline())]
+    return [child for child in psutil.Process().children() if any(folder in part for part in _command(child))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    with suppress(psutil.NoSuchProcess):
+        return process.cmdline()
+    return []
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def cores(cluster: Cluster, engines: int, workers: int) -> tuple[list[list[int] | None], list[list[int] | None]]:
