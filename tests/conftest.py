@@ -52,11 +52,13 @@ def prepared_demo_rows(model: Path, count: int, max_tokens: int) -> list[Prepare
     return [PreparedRow(row.id, row.prompt_token_ids, row.roi, max_tokens) for row in rows]
 
 
-def plain_vllm(model: Path, rows: Iterable[tuple[list[int], dict[str, Any]]], output: Path) -> list[dict[str, Any]]:
+def plain_vllm(
+    model: Path, rows: Iterable[tuple[list[int], dict[str, Any]]], output: Path, **engine_args: Any
+) -> list[dict[str, Any]]:
     """Greedy outputs of plain `vllm.LLM` in float32: token_ids, text and finish_reason of each (prompt, parameters)."""
     job = {
         "model": str(model),
-        "engine_args": {"dtype": "float32", **ENGINE_ARGS},
+        "engine_args": {"dtype": "float32", **ENGINE_ARGS, **engine_args},
         "rows": [{"prompt_token_ids": prompt, "params": params} for prompt, params in rows],
         "output": str(output),
     }

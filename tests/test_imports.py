@@ -14,7 +14,7 @@ LEVELS = [
     ("input", "prompts"),
     ("output", "models"),
     ("attribution", "engine"),
-    ("inline",),
+    ("inline", "dola"),
     ("pipeline",),
     ("evaluation", "reporting"),
     ("commands",),

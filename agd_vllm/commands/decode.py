@@ -66,6 +66,9 @@ def decode(
       greedy            the most probable token at every step; regions are ignored
       cad               the token that the region makes more probable than the same prompt without it (--cad-alpha),
                         at every step (arXiv 2305.14739)
+      dola              the token that the last layer makes more probable than an earlier layer (--dola-layers), at
+                        every step; regions are ignored (arXiv 2309.03883)
+      emphasize         the most probable token, with the region said again at the end of the last user message
       random-candidate  a control for agd: the same uncertain steps and candidates, chosen at random (--seed)
     """
     quiet_unless(options["debug"])

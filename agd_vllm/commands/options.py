@@ -59,7 +59,7 @@ limit_option = click.option("--limit", type=int, callback=at_least_one, help="On
 strategy_options = _together(
     click.option(
         "--strategy",
-        type=click.Choice(["agd", "greedy", "cad", "random-candidate"]),
+        type=click.Choice(["agd", "greedy", "cad", "dola", "emphasize", "random-candidate"]),
         default="agd",
         show_default=True,
         help="How the next token is chosen: see above.",
@@ -70,6 +70,21 @@ strategy_options = _together(
         default=0.5,
         show_default=True,
         help="For cad: (1 + alpha) * logits with the region - alpha * logits without; 0 is greedy.",
+    ),
+    click.option(
+        "--dola-layers",
+        default="low",
+        show_default=True,
+        metavar="low|high|I,J,...",
+        help="For dola: the layers to contrast with, every other one of the lower or upper half, or by number (0: the "
+        "embeddings).",
+    ),
+    click.option(
+        "--dola-relative-top",
+        type=float,
+        default=0.1,
+        show_default=True,
+        help="For dola: of tokens with this share of the greatest probability; 1 is greedy.",
     ),
 )
 

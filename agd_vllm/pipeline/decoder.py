@@ -9,11 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from agd_vllm.attribution.worker import AttributionSettings, WorkerInfo
-from agd_vllm.engine.arguments import OWN, check_engine_args, gpus_per_engine
+from agd_vllm.engine.arguments import check_engine_args, gpus_per_engine
 from agd_vllm.engine.engine import EngineSettings, GateSettings
 from agd_vllm.faults import FaultLog
-from agd_vllm.inline.arguments import check_arguments as check_inline_arguments
-from agd_vllm.inline.arguments import engine_args as inline_engine_args
 from agd_vllm.input.reader import check_rows
 from agd_vllm.input.schema import parse_selector_option
 from agd_vllm.models.inspect import inspect_model
@@ -56,7 +54,7 @@ class Decoder:
             revision=options.engine_args.get("revision"),
             trust_remote_code=options.trust_remote_code,
         )
-        self._inline_args = self._check_inline() if self._strategy.inline else {}
+        self._own_args = self._strategy.engine_args(self.model, options.dtype, options.engine_args)
         longest = self.model.max_model_len
         if options.max_model_len is not None and options.max_model_len > longest:
             raise ValueError(f"max_model_len {options.max_model_len}: the model takes at most {longest}")
@@ -73,14 +71,6 @@ class Decoder:
         self.load_seconds = 0.0
         self.layout = ""
 
-    def _check_inline(self) -> dict[str, Any]:
-        """vLLM's engine arguments for inline attribution. Raises ValueError for what it cannot be combined with."""
-        options = self.options
-        check_inline_arguments(options.dtype, options.engine_args)
-        source = {"revision": self.model.revision, "trust_remote_code": options.trust_remote_code}
-        args = inline_engine_args(options.model, options.rule, options.dtype, **source)
-        return {key: value for key, value in args.items() if key not in OWN | source.keys()}
-
     def preparer(self, max_model_len: int | None = None) -> Preparer:
         """Rows to tokens and token weights under this run's defaults; `max_model_len` as the engine reports it."""
         options = self.options
@@ -89,6 +79,7 @@ class Decoder:
             default_roi=self._default_roi,
             roi_heads=self.roi_heads,
             guided=self._strategy.regions,
+            emphasized=self._strategy.emphasized,
             max_tokens=options.max_tokens,
             max_model_len=max_model_len or options.max_model_len or self.model.max_model_len,
             chat_template_kwargs=options.chat_template_kwargs,
@@ -124,7 +115,7 @@ class Decoder:
             max_model_len=options.max_model_len,
             seed=options.seed,
             trust_remote_code=options.trust_remote_code,
-            engine_args=self._inline_args
+            engine_args=self._own_args
             | {key: value for key, value in options.engine_args.items() if key != "revision"},
             processors=self._strategy.processors,
             plain=self._strategy.inline,

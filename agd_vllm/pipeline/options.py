@@ -8,8 +8,19 @@ from typing import Any
 
 from agd_vllm.attribution.scorer import RULES
 from agd_vllm.attribution.scorer import SCORERS as WORKER_SCORERS
+from agd_vllm.dola.arguments import check_layers
 from agd_vllm.engine.channel import MAX_TOP_K
-from agd_vllm.pipeline.strategies import STRATEGIES, Agd, Cad, Greedy, InlineAgd, RandomCandidate, Strategy
+from agd_vllm.pipeline.strategies import (
+    STRATEGIES,
+    Agd,
+    Cad,
+    Dola,
+    Emphasize,
+    Greedy,
+    InlineAgd,
+    RandomCandidate,
+    Strategy,
+)
 
 DTYPES = ("auto", "float32", "bfloat16")
 INLINE = "inline"
@@ -30,6 +41,8 @@ class DecoderOptions:
     scorer: str = "forward"
     rule: str = "attnlrp"
     cad_alpha: float = 0.5
+    dola_layers: str = "low"
+    dola_relative_top: float = 0.1
     entropies: bool = False
     engines: int = 1
     attribution_workers: int | None = None
@@ -61,12 +74,20 @@ class DecoderOptions:
                 "roi_heads: strategy cad takes the region out of the prompt, which heads are not in; leave it out",
             ),
             (
+                not (self.strategy == Emphasize.name and self.roi_heads),
+                "roi_heads: strategy emphasize says the region again, and heads have no text; leave it out",
+            ),
+            (
                 not self.entropies or self.strategy == Greedy.name,
                 f"entropies: recorded with strategy greedy only, not with {self.strategy}",
             ),
             (
                 self.cad_alpha >= 0 and math.isfinite(self.cad_alpha),
                 f"cad_alpha {self.cad_alpha}: must be a finite number, 0 or more",
+            ),
+            (
+                0 <= self.dola_relative_top <= 1,
+                f"dola_relative_top {self.dola_relative_top}: must lie between 0 and 1",
             ),
             (self.tau >= 0, f"tau {self.tau}: must be 0 or more (nats)"),
             (2 <= self.top_k <= MAX_TOP_K, f"top_k {self.top_k}: a choice is among 2 to {MAX_TOP_K} candidates"),
@@ -95,6 +116,7 @@ class DecoderOptions:
         for fine, message in checks:
             if not fine:
                 raise ValueError(message)
+        check_layers(self.dola_layers)
 
     @property
     def inline(self) -> bool:
@@ -119,6 +141,8 @@ class DecoderOptions:
             Agd.name: inline if self.inline else Agd(),
             Greedy.name: Greedy(self.entropies),
             Cad.name: Cad(self.cad_alpha),
+            Emphasize.name: Emphasize(),
+            Dola.name: Dola(self.dola_layers, self.dola_relative_top),
             RandomCandidate.name: RandomCandidate(self.seed),
         }
         return made[self.strategy]

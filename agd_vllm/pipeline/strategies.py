@@ -1,4 +1,4 @@
-"""The ways to choose a row's tokens, all on the same engine: greedy, AGD and its random control, contrast."""
+"""The ways to choose a row's tokens, all on the same engine: greedy, AGD and its random control, contrasts."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import math
 import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
+from agd_vllm.dola.arguments import engine_args as dola_engine_args
+from agd_vllm.engine.arguments import OWN
 from agd_vllm.engine.engine import CONTRAST_PROCESSOR, ENTROPY_PROCESSOR
 from agd_vllm.engine.events import Finished
 from agd_vllm.inline.arguments import PROCESSOR_V1 as INLINE_PROCESSOR
+from agd_vllm.inline.arguments import check_arguments as check_inline_arguments
+from agd_vllm.inline.arguments import engine_args as inline_engine_args
+from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.pipeline.row_decoding import RowDecoding
 from agd_vllm.records import Gate, GuidedStep, PreparedRow, Roi, RowRefused
 
@@ -23,6 +28,8 @@ class Strategy(ABC):
     regions: ClassVar[bool] = True
     pauses: ClassVar[bool] = True
     attribution: ClassVar[bool] = False
+    # Whether rows' regions are said again in their prompts.
+    emphasized: ClassVar[bool] = False
     # Whether its rows are plain requests of an engine that attributes by itself.
     inline: ClassVar[bool] = False
 
@@ -30,6 +37,13 @@ class Strategy(ABC):
     def processors(self) -> tuple[str, ...]:
         """The logits processors that the engine needs beside the gate."""
         return ()
+
+    def engine_args(self, model: ModelInfo, dtype: str, given: dict[str, Any]) -> dict[str, Any]:
+        """vLLM's engine arguments that it needs, beside the `given` ones.
+
+        Raises ValueError, in one line, for a model, a dtype or arguments that it has no code for.
+        """
+        return {}
 
     @abstractmethod
     async def decode(self, decoding: RowDecoding) -> str:
@@ -141,6 +155,12 @@ class InlineAgd(Strategy):
     def processors(self) -> tuple[str, ...]:
         return (INLINE_PROCESSOR,)
 
+    def engine_args(self, model: ModelInfo, dtype: str, given: dict[str, Any]) -> dict[str, Any]:
+        check_inline_arguments(dtype, given)
+        source = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+        args = inline_engine_args(model.path, self.rule, dtype, **source)
+        return {key: value for key, value in args.items() if key not in OWN | source.keys()}
+
     async def decode(self, decoding: RowDecoding) -> str:
         if not decoding.row.roi:
             return await Greedy().decode(decoding)
@@ -223,10 +243,43 @@ class Cad(Strategy):
             return (await pair.run()).reason
 
 
+@dataclass(frozen=True, slots=True)
+class Dola(Strategy):
+    """DoLa: the token that the last layer makes more probable than an earlier one does, which is chosen at each step
+    among `layers`, of those that the last layer gives `relative_top` of the greatest probability (arXiv 2309.03883)."""
+
+    layers: str = "low"
+    relative_top: float = 0.1
+    name = "dola"
+    regions = False
+    pauses = False
+
+    def engine_args(self, model: ModelInfo, dtype: str, given: dict[str, Any]) -> dict[str, Any]:
+        return dola_engine_args(model, self.layers, self.relative_top, given)
+
+    async def decode(self, decoding: RowDecoding) -> str:
+        return await Greedy().decode(decoding)
+
+
+@dataclass(frozen=True, slots=True)
+class Emphasize(Strategy):
+    """Greedy, with the region said again at the end of the last user message: AGD's baseline without attribution."""
+
+    name = "emphasize"
+    regions = False
+    pauses = False
+    emphasized = True
+
+    async def decode(self, decoding: RowDecoding) -> str:
+        return await Greedy().decode(decoding)
+
+
 def prompt_without_region(row: PreparedRow) -> list[int]:
     """The prompt's tokens but for those of weighted spans."""
     region = {at for span in row.roi.spans if span.weight for at in range(span.start, span.end)}
     return [token_id for at, token_id in enumerate(row.prompt_token_ids) if at not in region]
 
 
-STRATEGIES: dict[str, type[Strategy]] = {each.name: each for each in (Agd, Greedy, Cad, RandomCandidate)}
+STRATEGIES: dict[str, type[Strategy]] = {
+    each.name: each for each in (Agd, Greedy, Cad, Dola, Emphasize, RandomCandidate)
+}

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from agd_vllm.prompts.emphasis import emphasized
 from agd_vllm.prompts.roi import region
 from agd_vllm.prompts.template import ChatTemplate, Rendered, raw_prompt
 from agd_vllm.prompts.tokenizer import ChatTokenizer, Tokens
@@ -21,7 +22,8 @@ class Preparer:
     """Applies one run's settings to its rows.
 
     `default_roi` is for rows that name no region (None: such rows have no tokens as region); `roi_heads`, (layer, head)
-    pairs, are part of every region; a row with neither is decoded unguided. Not `guided`, no region is looked at.
+    pairs, are part of every region; a row with neither is decoded unguided. Not `guided`, no region is looked at, but
+    where it is `emphasized`: said again at the end of the prompt.
     `max_tokens` is for rows that name none. `max_model_len` bounds prompt and output together, in tokens.
     `pause_token_id` is the token by which the gate stops the engine, so no prompt may hold it. `vocab_size` is the
     model's: a tokenizer may know tokens beyond it. `eos_ids` end a row.
@@ -36,6 +38,7 @@ class Preparer:
         default_roi: tuple[Selector, ...] | None,
         roi_heads: tuple[tuple[int, int], ...] = (),
         guided: bool,
+        emphasized: bool = False,
         max_tokens: int,
         max_model_len: int | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -46,6 +49,7 @@ class Preparer:
         self.warn: Callable[[str], None] = log.warning
         self._warned: set[str] = set()
         self.guided = guided
+        self._emphasized = emphasized
         self._template = ChatTemplate(tokenizer)
         self._tokenizer = ChatTokenizer(tokenizer)
         self._longest_token = max(map(len, tokenizer.get_vocab()))  # in characters, or in more of its own for bytes
@@ -63,6 +67,8 @@ class Preparer:
 
     def prepare(self, row: InputRow) -> PreparedRow:
         """Prepares one row. Raises RowRefused with what is wrong with it and how to mend it."""
+        if self._emphasized:
+            row = self._emphasize(row)
         rendered, tokens = self.encode(row)
         room = self._room(len(tokens.ids))
         if self._pause_token_id is not None and self._pause_token_id in tokens.ids:
@@ -97,6 +103,10 @@ class Preparer:
             stop=row.stop,
             stop_token_ids=row.stop_token_ids,
         )
+
+    def _emphasize(self, row: InputRow) -> InputRow:
+        selectors = self._default_roi if row.roi is None else row.roi
+        return row if selectors is None else emphasized(row, selectors, self._render(row))
 
     def warn_of_region(self, row: InputRow, prepared: PreparedRow) -> None:
         """Warns of a region with the prompt's first token, which draws much of all attention, whatever it says."""
@@ -136,13 +146,15 @@ class Preparer:
 
     def encode(self, row: InputRow) -> tuple[Rendered, Tokens]:
         """The row's prompt as text and as tokens. Raises RowRefused."""
-        if row.messages is None:
-            rendered = raw_prompt(row.prompt)
-        else:
-            self._check_kwargs(row.chat_template_kwargs)
-            rendered = self._template.render(row.messages, {**self._kwargs, **row.chat_template_kwargs})
+        rendered = self._render(row)
         self._check_size(rendered.text)
         return rendered, self._tokenizer.encode(rendered)
+
+    def _render(self, row: InputRow) -> Rendered:
+        if row.messages is None:
+            return raw_prompt(row.prompt)
+        self._check_kwargs(row.chat_template_kwargs)
+        return self._template.render(row.messages, {**self._kwargs, **row.chat_template_kwargs})
 
     def _check_size(self, text: str) -> None:
         """Refuses before it is tokenized, which takes seconds a megabyte, a prompt that can only be too long."""

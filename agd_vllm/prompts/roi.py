@@ -53,6 +53,38 @@ def region(selectors: Iterable[Selector], rendered: Rendered, tokens: Tokens) ->
     return Roi(spans=tuple(spans))
 
 
+def positive_texts(selectors: Iterable[Selector], rendered: Rendered) -> list[str]:
+    """What the region says: its characters of positive weight, verbatim and in order, one text a run of them.
+
+    Selectors that share characters add their weights. Raises RowRefused for a selector that selects none.
+    """
+    changes: defaultdict[int, Decimal] = defaultdict(Decimal)
+    for selector in selectors:
+        # A character counts once for a selector, however often it names it.
+        for start, end in _disjoint(_ranges(selector, rendered)):
+            changes[start] += Decimal(str(selector.weight))
+            changes[end] -= Decimal(str(selector.weight))
+    texts, weight, begun = [], Decimal(0), None
+    for at in sorted(changes):
+        weight += changes[at]
+        if weight > 0 and begun is None:
+            begun = at
+        elif weight <= 0 and begun is not None:
+            texts.append(rendered.text[begun:at])
+            begun = None
+    return texts
+
+
+def _disjoint(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
 def _ranges(selector: Selector, rendered: Rendered) -> list[tuple[int, int]]:
     """Character ranges [start, end) of a selector in the rendered text, at least one."""
     ranges: list[tuple[int, int]] = []

@@ -21,6 +21,10 @@ from agd_vllm.pipeline.strategies import STRATEGIES
         ("tau", float("nan")),
         ("cad_alpha", -0.5),
         ("cad_alpha", float("inf")),
+        ("dola_layers", "middle"),
+        ("dola_layers", "2,-1"),
+        ("dola_relative_top", 1.5),
+        ("dola_relative_top", float("nan")),
     ],
 )
 def test_a_wrong_value_is_named(smollm2, name, value):
@@ -38,20 +42,23 @@ def test_a_decoder_without_a_model():
 def test_options_that_do_not_go_together(smollm2):
     with pytest.raises(ValueError, match=r"roi_heads.*cad"):
         Decoder(str(smollm2), strategy="cad", roi_heads="heads.json")
+    with pytest.raises(ValueError, match=r"roi_heads.*emphasize"):
+        Decoder(str(smollm2), strategy="emphasize", roi_heads="heads.json")
     with pytest.raises(ValueError, match=r"entropies.*greedy"):
         Decoder(str(smollm2), entropies=True)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_strategy_gets_its_options_and_starts_what_it_needs(smollm2, name):
-    options = DecoderOptions(str(smollm2), name, cad_alpha=0.25, seed=7)
+    options = DecoderOptions(str(smollm2), name, cad_alpha=0.25, seed=7, dola_layers="4+6", dola_relative_top=0.5)
     strategy = options.make_strategy()
     assert strategy.name == name
     assert getattr(strategy, "alpha", 0.25) == 0.25
     assert getattr(strategy, "seed", 7) == 7
+    assert (getattr(strategy, "layers", "4+6"), getattr(strategy, "relative_top", 0.5)) == ("4+6", 0.5)
     decoder = Decoder(options=options)
-    assert (decoder.model.pause_id is None) == (name == "greedy")
-    assert decoder.preparer().guided == (name != "greedy")
+    assert (decoder.model.pause_id is None) == (name in ("greedy", "dola", "emphasize"))
+    assert decoder.preparer().guided == (name not in ("greedy", "dola", "emphasize"))
     assert strategy.attribution == (name == "agd")
 
 
