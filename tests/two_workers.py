@@ -22,6 +22,7 @@ GROUPS = {
     "decoder": ("pipeline/test_decoder.py",),
     "oracle": ("attribution/test_forward.py", "inline/test_models.py"),
     "evaluate": ("evaluation/test_evaluate.py",),
+    "dola": ("dola/test_dola.py", "pipeline/test_first_steps.py"),
     "smollm2": ("attribution/test_smollm2.py",),
     "writer": ("output/test_writer.py",),
 }

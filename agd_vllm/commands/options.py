@@ -86,6 +86,14 @@ strategy_options = _together(
         show_default=True,
         help="For dola: of tokens with this share of the greatest probability; 1 is greedy.",
     ),
+    click.option(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        show_default=True,
+        help="For greedy, dola and emphasize: scores of tokens that the prompt or the answer holds are divided by it, "
+        "negative ones multiplied (the published DoLa scripts take 1.2).",
+    ),
 )
 
 gate_options = _together(

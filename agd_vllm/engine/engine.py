@@ -51,7 +51,8 @@ class EngineSettings:
     `cores`: the CPU cores that vLLM's threads are bound to (CPU only; None leaves it to vLLM). `deadline_s`: a session
     that gives no token for so long, while others do, is opened anew; it must bear the prefill of many long prompts.
     `processors`: logits processors beside the gate, of Model Runner V1. `plain`: rows are plain requests, which never
-    pause; no gate is installed then.
+    pause; no gate is installed then. `repetition_penalty` as in vLLM's SamplingParams, of prompt and output, for rows
+    without gate and contrast.
     """
 
     dtype: str = "auto"
@@ -61,6 +62,7 @@ class EngineSettings:
     deadline_s: float = 1200.0
     processors: tuple[str, ...] = ()
     plain: bool = False
+    repetition_penalty: float = 1.0
     cores: list[int] | None = None
     engine_args: dict[str, Any] = field(default_factory=dict)
 
@@ -252,8 +254,9 @@ class Engine:
     def _open(self, row: PreparedRow, stops, params):
         from agd_vllm.engine.session import Session
 
-        deadline_s, sign = self._settings.deadline_s, self.occupancy.sign_of_life
-        return Session(self._llm, self._receiver, row, stops, params, self._keys, deadline_s, sign)
+        settings, sign = self._settings, self.occupancy.sign_of_life
+        common = (self._keys, settings.deadline_s, sign, settings.repetition_penalty)
+        return Session(self._llm, self._receiver, row, stops, params, *common)
 
     def _trace_step(self, step: EngineStep) -> None:
         gate_ms = round(step.gate_seconds * 1e3, 3)

@@ -40,8 +40,10 @@ class Session:
         keys: Iterator[int],
         deadline_s: float,
         sign_of_life: Callable[[], None],
+        repetition_penalty: float = 1.0,
     ):
         self._row = row
+        self._repetition_penalty = repetition_penalty
         self._stops = stops
         self._params = params
         self._pause_id = params.pause_id if params else None
@@ -66,6 +68,7 @@ class Session:
         """Parameters of the next chunk: vLLM counts max_tokens and min_tokens within a chunk, so both shrink."""
         return SamplingParams(
             temperature=0.0,
+            repetition_penalty=self._repetition_penalty,
             max_tokens=self._stops.remaining,
             min_tokens=max(0, self._row.min_tokens - len(self._stops.token_ids)),
             stop_token_ids=[*self._row.stop_token_ids, *([] if self._pause_id is None else [self._pause_id])],

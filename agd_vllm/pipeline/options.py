@@ -24,6 +24,8 @@ from agd_vllm.pipeline.strategies import (
 
 DTYPES = ("auto", "float32", "bfloat16")
 INLINE = "inline"
+# Whose tokens are the most probable ones by what vLLM's sampler sees.
+PENALIZED = (Greedy.name, Dola.name, Emphasize.name)
 SCORERS = (*WORKER_SCORERS, INLINE)
 
 
@@ -43,6 +45,7 @@ class DecoderOptions:
     cad_alpha: float = 0.5
     dola_layers: str = "low"
     dola_relative_top: float = 0.1
+    repetition_penalty: float = 1.0
     entropies: bool = False
     engines: int = 1
     attribution_workers: int | None = None
@@ -88,6 +91,19 @@ class DecoderOptions:
             (
                 0 <= self.dola_relative_top <= 1,
                 f"dola_relative_top {self.dola_relative_top}: must lie between 0 and 1",
+            ),
+            (
+                self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty),
+                f"repetition_penalty {self.repetition_penalty}: must be a finite number above 0; 1 is none",
+            ),
+            (
+                self.repetition_penalty == 1 or self.strategy in PENALIZED,
+                f"repetition_penalty: strategy {self.strategy} has none; leave it out, or take one of "
+                f"{', '.join(PENALIZED)}",
+            ),
+            (
+                self.repetition_penalty == 1 or not self.entropies,
+                "repetition_penalty: entropies are recorded without one; leave it out",
             ),
             (self.tau >= 0, f"tau {self.tau}: must be 0 or more (nats)"),
             (2 <= self.top_k <= MAX_TOP_K, f"top_k {self.top_k}: a choice is among 2 to {MAX_TOP_K} candidates"),

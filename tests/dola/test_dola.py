@@ -10,7 +10,7 @@ import torch
 from command_line import fails
 from conftest import CHECKOUT, DEMO_ROWS, plain_vllm
 from dola_recorded import RECORDED, model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
 
 from agd_vllm.dola.arguments import candidate_layers, engine_args
 from agd_vllm.dola.contrast import REMOVED
@@ -35,7 +35,8 @@ def test_vllm_generates_what_was_recorded(tmp_path, number):
     assert [row["token_ids"] for row in decoded] == [row["tokens"] for row in entry["rows"]]
 
 
-def test_the_command_decodes_as_a_literal_loop_does(smollm2, tmp_path):
+@pytest.mark.parametrize("penalty", [1.2, pytest.param(1.0, marks=pytest.mark.long)])
+def test_the_command_decodes_as_a_literal_loop_does(smollm2, tmp_path, penalty):
     """Prompts in chunks, the rows side by side, against one row at a time."""
     layers, relative_top, new = "4,10,20", 0.2, 24
     rows = [row for row in map(json.loads, DEMO_ROWS.read_text().splitlines()) if "messages" in row][:6]
@@ -44,6 +45,7 @@ def test_the_command_decodes_as_a_literal_loop_does(smollm2, tmp_path):
     command = [sys.executable, "-m", "agd_vllm", "decode", str(data), "--output", str(tmp_path / "out")]
     command += ["--model", str(smollm2), "--dtype", "float32", "--max-model-len", "512", "--strategy", "dola"]
     command += ["--dola-layers", layers, "--dola-relative-top", str(relative_top)]
+    command += ["--repetition-penalty", str(penalty)]
     for arg in ("enforce_eager=true", "kv_cache_memory_bytes=268435456", "max_num_batched_tokens=64"):
         command += ["--engine-arg", arg]
     subprocess.run(command, cwd=CHECKOUT, check=True)
@@ -52,16 +54,16 @@ def test_the_command_decodes_as_a_literal_loop_does(smollm2, tmp_path):
     assert len(decoded) == len(rows)
     eos = llama.generation_config.eos_token_id
     for row in decoded:
-        theirs = literal(llama, row["prompt_token_ids"], [4, 10, 20], relative_top, new, eos)
+        theirs = literal(llama, row["prompt_token_ids"], [4, 10, 20], relative_top, new, eos, penalty)
         assert row["token_ids"] == theirs, row["id"]
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert (summary["strategy"], summary["dola_layers"], summary["guided_steps"]) == ("dola", layers, 0)
 
 
 @torch.no_grad()
-def literal(llama, prompt, layers, relative_top, new, eos) -> list[int]:
+def literal(llama, prompt, layers, relative_top, new, eos, penalty) -> list[int]:
     """As the published implementations write it, for one row."""
-    tokens = []
+    tokens, penalize = [], RepetitionPenaltyLogitsProcessor(penalty)
     while len(tokens) < new and eos not in tokens:
         output = llama(torch.tensor([prompt + tokens]), output_hidden_states=True)
         mature = output.logits[0, -1].log_softmax(-1)
@@ -73,7 +75,8 @@ def literal(llama, prompt, layers, relative_top, new, eos) -> list[int]:
             divergences.append(to_mature.sum() / 2 + to_layer.sum() / 2)
         premature = early[torch.stack(divergences).argmax()]
         removed = mature.exp() < relative_top * mature.exp().max()
-        tokens.append(int((mature - premature).masked_fill(removed, -REMOVED).argmax()))
+        scores = penalize(torch.tensor([prompt + tokens]), (mature - premature)[None])[0]
+        tokens.append(int(scores.masked_fill(removed, -REMOVED).argmax()))
     return tokens
 
 

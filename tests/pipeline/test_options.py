@@ -24,6 +24,8 @@ from agd_vllm.pipeline.strategies import STRATEGIES
         ("dola_layers", "middle"),
         ("dola_layers", "2,-1"),
         ("dola_relative_top", 1.5),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", float("inf")),
         ("dola_relative_top", float("nan")),
     ],
 )
@@ -42,6 +44,9 @@ def test_a_decoder_without_a_model():
 def test_options_that_do_not_go_together(smollm2):
     with pytest.raises(ValueError, match=r"roi_heads.*cad"):
         Decoder(str(smollm2), strategy="cad", roi_heads="heads.json")
+    for strategy in ("agd", "cad", "random-candidate"):
+        with pytest.raises(ValueError, match=f"repetition_penalty: strategy {strategy} has none"):
+            Decoder(str(smollm2), strategy=strategy, repetition_penalty=1.2)
     with pytest.raises(ValueError, match=r"roi_heads.*emphasize"):
         Decoder(str(smollm2), strategy="emphasize", roi_heads="heads.json")
     with pytest.raises(ValueError, match=r"entropies.*greedy"):

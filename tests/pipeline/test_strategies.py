@@ -53,6 +53,19 @@ def tokens(decoded) -> list[list[int]]:
     return [row.token_ids for row in decoded]
 
 
+def test_a_repetition_penalty_is_that_of_transformers(engine, rows, transformers_model, greedy, monkeypatch):
+    penalty, some = 1.3, rows[:4]
+    settings = dataclasses.replace(engine.engine._settings, repetition_penalty=penalty)
+    monkeypatch.setattr(engine.engine, "_settings", settings)
+    penalized = tokens(engine.decode(some, strategy=Greedy()))
+    for row, ours in zip(some, penalized, strict=True):
+        prompt = torch.tensor([row.prompt_token_ids])
+        settings = {"do_sample": False, "max_new_tokens": row.max_tokens, "repetition_penalty": penalty}
+        theirs = transformers_model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+        assert ours == theirs[0, prompt.shape[1] :].tolist(), row.id
+    assert penalized != tokens(greedy)[:4]
+
+
 def next_logits(model, prompt: list[int], output: list[int]) -> torch.Tensor:
     """The logits that each token of `output` is chosen from, [tokens, vocab]."""
     with torch.inference_mode():
