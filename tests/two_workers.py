@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 # Files that share what takes long to make (real runs, engines, scores of reverse mode) go to one worker. Workers take
 # these and the other long ones first, in this order: both then end at about the same time.
@@ -40,7 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if worker is not None:
         index, count = int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cores[index % count :: count] or cores)
+        own = cores[index % count :: count] or cores
+        os.sched_setaffinity(0, own)
+        # Torch, which is loaded by now, has a thread for each core that there was: on fewer they wait for each other.
+        torch.set_num_threads(len(own))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
