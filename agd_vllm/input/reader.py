@@ -18,7 +18,8 @@ from agd_vllm.input.files import InputUnusable, OpenInput, open_input
 from agd_vllm.input.id_set import IdSet
 from agd_vllm.input.json_text import MAX_ROW_BYTES, ArrayNotClosed, RowText, row_texts
 from agd_vllm.input.parquet import has_rows, parquet_rows
-from agd_vllm.input.schema import parse_row, place_text, row_id
+from agd_vllm.input.schema import parse_row, row_id
+from agd_vllm.input.wording import place_text
 from agd_vllm.records import InputRow, RowError, RowRefused
 
 MAX_DEPTH = 100  # far from Python's recursion limit, which json and pickle run into later on, deeper in the stack

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from agd_vllm.input.wording import place_text, shown
 from agd_vllm.records import FLOAT32_MAX, InputRow, RowRefused, Selector
 
 ROLES = ("system", "user", "assistant")
 INT32_MAX = 2**31 - 1  # token ids and counts are int32 in the output
-MAX_PLACE = 200  # characters of a place within a row
 MAX_SELECTORS = 256  # each is searched for in the whole prompt
 
 # Parameters of sampling APIs that people leave in their rows. A row may carry each at the value that changes nothing;
@@ -173,7 +172,7 @@ def parse_row(obj: Any, line: int) -> InputRow:
             `not_an_object`, `missing_field`, `invalid_field`, `unknown_field`, `unknown_role` or `refused_parameter`.
     """
     if not isinstance(obj, dict):
-        raise RowRefused("not_an_object", f"the row must be a JSON object, not {_shown(obj)}")
+        raise RowRefused("not_an_object", f"the row must be a JSON object, not {shown(obj)}")
     given = _without_nulls(obj)
     openai = "custom_id" in given or "body" in given
     fields = _openai_fields(given) if openai else given
@@ -225,7 +224,7 @@ def parse_selector_option(text: str) -> tuple[Selector, ...] | None:
     if kind == "text" and value:
         return (Selector(text=value),)
     raise ValueError(
-        f"--roi {_shown(text)} is no selector; give role=system (or user, assistant), message=N, text=WORDS or none"
+        f"--roi {shown(text)} is no selector; give role=system (or user, assistant), message=N, text=WORDS or none"
     )
 
 
@@ -242,15 +241,15 @@ def _openai_fields(obj: dict[str, Any]) -> dict[str, Any]:
     """The fields of a row out of {"custom_id", "method", "url", "body"}."""
     for key in obj:
         if key not in ("custom_id", "method", "url", "body"):
-            raise RowRefused("unknown_field", f"unknown key {_shown(key)} beside body; put it into body")
+            raise RowRefused("unknown_field", f"unknown key {shown(key)} beside body; put it into body")
     if obj.get("method", "POST") != "POST":
-        raise RowRefused("invalid_field", f'method must be "POST", not {_shown(obj["method"])}')
+        raise RowRefused("invalid_field", f'method must be "POST", not {shown(obj["method"])}')
     url = obj.get("url")
     if url is not None and not (isinstance(url, str) and url.endswith("/completions")):
-        raise RowRefused("invalid_field", f"url must be one of completions, /v1/chat/completions, not {_shown(url)}")
+        raise RowRefused("invalid_field", f"url must be one of completions, /v1/chat/completions, not {shown(url)}")
     body = obj.get("body")
     if not isinstance(body, dict):
-        raise RowRefused("invalid_field", f"body must be an object with messages or prompt, not {_shown(body)}")
+        raise RowRefused("invalid_field", f"body must be an object with messages or prompt, not {shown(body)}")
     if "id" in body:
         raise RowRefused("unknown_field", "body.id is no parameter; the row's id is custom_id")
     fields = {key: value for key, value in body.items() if key not in ("model", "max_completion_tokens")}
@@ -267,7 +266,7 @@ def _require_neutral(key: str, value: Any, neutral: Any) -> None:
         return
     raise RowRefused(
         "refused_parameter",
-        f"{key} = {_shown(value)} is refused: decoding is deterministic, with no sampling, penalties, tools or output "
+        f"{key} = {shown(value)} is refused: decoding is deterministic, with no sampling, penalties, tools or output "
         f"constraints; remove {key}",
     )
 
@@ -282,42 +281,20 @@ def _refusal(error: dict[str, Any], openai: bool) -> RowRefused:
     path = place_text([*parents, last])
     if error["type"] == "extra_forbidden":
         if not error["loc"][:-1]:
-            return RowRefused("unknown_field", f"unknown key {_shown(last)}; put data of your own under metadata")
+            return RowRefused("unknown_field", f"unknown key {shown(last)}; put data of your own under metadata")
         known = _Selector if error["loc"][0] == "roi" else _Message
         keys = ", ".join(known.model_fields)
         return RowRefused(
-            "unknown_field", f"{place_text(parents)}: unknown key {_shown(last)}; the known keys are {keys}"
+            "unknown_field", f"{place_text(parents)}: unknown key {shown(last)}; the known keys are {keys}"
         )
     name = next((part for part in reversed(error["loc"]) if isinstance(part, str)), "")
     if error["type"] == "missing":
         return RowRefused("missing_field", f"{path} is missing; it must be {_EXPECTED.get(name, 'given')}")
     if error["type"] == "literal_error":
         roles = ", ".join(ROLES)
-        return RowRefused("unknown_role", f"{path}: unknown role {_shown(error['input'])}; the known roles are {roles}")
+        return RowRefused("unknown_role", f"{path}: unknown role {shown(error['input'])}; the known roles are {roles}")
     if error["type"] == "value_error":
         place = f"{path} " if error["loc"] else ""
         return RowRefused("invalid_field", f"{place}{error['ctx']['error']}")
     expected = (_EXPECTED_ITEM if isinstance(last, int) and name in _EXPECTED_ITEM else _EXPECTED)[name]
-    return RowRefused("invalid_field", f"{path} must be {expected}, not {_shown(error['input'])}")
-
-
-def place_text(parts: Iterable[str | int]) -> str:
-    """('messages', 1, 'content') as messages[1].content, on one line, and short whatever the keys."""
-    text = "".join(_step(part) for part in parts).removeprefix(".")
-    return text if len(text) <= MAX_PLACE else f"{text[: MAX_PLACE // 2]}...{text[-MAX_PLACE // 2 :]}"
-
-
-def _step(part: str | int) -> str:
-    if isinstance(part, int):
-        return f"[{part}]"
-    return f".{part}" if part.isidentifier() and len(part) <= 60 else f"[{_shown(part)}]"
-
-
-def _shown(value: Any) -> str:
-    """A value in a message: on one line, and short whatever its size."""
-    if isinstance(value, dict):
-        return "an object" if value else "{}"
-    if isinstance(value, list):
-        return "a list" if value else "[]"
-    text = json.dumps(value[:60] if isinstance(value, str) else value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return RowRefused("invalid_field", f"{path} must be {expected}, not {shown(error['input'])}")
