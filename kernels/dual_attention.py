@@ -5,7 +5,6 @@ Its twin in PyTorch is `agd_vllm.attribution.sequence_attention`; `cached_attent
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,45 +14,8 @@ import triton.language as tl
 
 from agd_vllm.kernels import dual_attention_triton as kernels
 from agd_vllm.kernels import triton_support
+from agd_vllm.kernels.tilings import DECODE, NO_WINDOW, PREFILL, Tiling, choose_tiling, num_splits, processors
 from agd_vllm.kernels.to_device import to_device
-
-MAX_HEAD_DIM = 256
-MIN_CAPABILITY = (8, 0)  # the first with products of bfloat16
-SPLIT_KEYS = 512
-"""Keys that a program of its own is worth, where there are too few programs to fill the GPU."""
-PROGRAMS_PER_PROCESSOR = 4
-MAX_SPLITS = 64
-NO_WINDOW = 1 << 30
-
-
-class Tiling(NamedTuple):
-    """Rows of a tile (queries of the heads of one group), keys at a time, and how it is run."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-    def shared_bytes(self, block_d: int) -> int:
-        """Queries, and keys and values of each stage, with their tangents, in bfloat16; and some room."""
-        return (2 * self.rows + 4 * self.keys * self.stages) * block_d * 2 + (8 << 10)
-
-
-# The best first; not yet measured: registers hardly spill where the first ones fit (Hopper, heads up to 128).
-PREFILL = (
-    Tiling(128, 64, 8, 2),
-    Tiling(64, 32, 8, 2),
-    Tiling(32, 32, 4, 1),
-    Tiling(16, 16, 4, 1),
-)
-DECODE = (Tiling(16, 32, 4, 3), Tiling(16, 32, 4, 2), Tiling(16, 16, 4, 1))
-
-
-def choose_tiling(tilings: Sequence[Tiling], block_d: int, group: int, shared_bytes: int) -> Tiling:
-    """The first whose tiles fit the shared memory of a block; a group's heads always lie in one tile."""
-    fitting = (tiling for tiling in tilings if tiling.shared_bytes(block_d) <= shared_bytes)
-    tiling = next(fitting, tilings[-1])
-    return tiling._replace(rows=max(tiling.rows, triton.next_power_of_2(group)))
 
 
 class _Launch(NamedTuple):
@@ -73,7 +35,7 @@ class DualAttention:
     `length` tokens in them each.
 
     `sequences`: (keys, values, length, count) of each, whose `count` new tokens are the next rows of the batch.
-    `score_factor` and `value_factor` are the rule's f and h. Only where `available`.
+    `score_factor` and `value_factor` are the rule's f and h. Only where `tilings.available`.
     """
 
     def __init__(
@@ -138,7 +100,7 @@ class DualAttention:
         _, rows, heads, head_dim = queries.shape
         tangents, (tile_rows, tile_keys, warps, stages) = self._streams - 1, launch.tiling
         programs = len(launch.tiles) * self._kv_heads * tangents
-        splits = num_splits(programs, min(launch.longest, window or NO_WINDOW), _processors(self._device)[0])
+        splits = num_splits(programs, min(launch.longest, window or NO_WINDOW), processors(self._device)[0])
         # What the splits of a query have summed up: rows of values, then l, sum c and m.
         sums, numbers = out, out
         if splits > 1:
@@ -188,7 +150,7 @@ class DualAttention:
     def _plan(self, group: int) -> list[_Launch]:
         """Small tiles for sequences with a few new tokens, large ones for the others."""
         launches = []
-        _, shared = _processors(self._device)
+        _, shared = processors(self._device)
         small, large = (choose_tiling(kind, self._kind["BLOCK_D"], group, shared) for kind in (DECODE, PREFILL))
         few = small.rows // group
         for tiling in (small, large):
@@ -208,30 +170,6 @@ class DualAttention:
 
     def _table(self, rows: list[tuple[int, ...]]) -> torch.Tensor:
         return to_device(torch.tensor(rows, dtype=torch.int64), self._device)
-
-
-def available(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the GPU runs it for caches of that kind.
-
-    Not for float32: Triton multiplies it exactly only without tensor cores, and the sums then fit no registers.
-    """
-    return dtype == torch.bfloat16 and head_dim <= MAX_HEAD_DIM and torch.cuda.get_device_capability() >= MIN_CAPABILITY
-
-
-def num_splits(programs: int, longest: int, processors: int) -> int:
-    """How many programs share the keys of a tile, so that a few long sequences fill the GPU, too."""
-    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors, programs)
-    return max(1, min(wanted, longest // SPLIT_KEYS, MAX_SPLITS))
-
-
-@functools.cache
-def _processors(device: torch.device) -> tuple[int, int]:
-    """How many multiprocessors there are, and the shared memory that a block may have. In the interpreter: any."""
-    if device.type == "cpu":
-        return 1, 1 << 18
-    index = torch.cuda.current_device() if device.index is None else device.index
-    properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    return properties["multiprocessor_count"], properties["max_shared_mem"]
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}

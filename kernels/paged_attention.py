@@ -178,7 +178,15 @@ def attend(layer: PagedLayer, batch: PagedBatch, index: int, cache: torch.Tensor
 
 def check_call(layer: PagedLayer, batch: PagedBatch, cache: torch.Tensor, qkv: torch.Tensor) -> None:
     """Raises ValueError for tensors of `attend` that do not fit."""
-    num_rows, block_size, dim = len(batch.slots), cache.shape[3], layer.head_dim
+    num_rows = len(batch.slots)
+    check_tensors(layer, num_rows, cache, qkv)
+    if batch.heads is not None and batch.heads.shape[1:] != (num_rows, layer.num_heads):
+        raise ValueError(f"parts of heads must be of {num_rows} tokens: {tuple(batch.heads.shape)}")
+
+
+def check_tensors(layer: PagedLayer, num_rows: int, cache: torch.Tensor, qkv: torch.Tensor) -> None:
+    """Raises ValueError for a cache, or queries, keys and values of so many rows, that do not fit."""
+    block_size, dim = cache.shape[3], layer.head_dim
     if cache.shape[1:] != (layer.num_kv_heads, layer.planes, block_size, dim) or cache.stride(4) != 1:
         raise ValueError(f"no cache of this layer: {tuple(cache.shape)}, {cache.stride()}")
     if block_size % 16:
@@ -187,8 +195,6 @@ def check_call(layer: PagedLayer, batch: PagedBatch, cache: torch.Tensor, qkv: t
         raise ValueError(f"must be bfloat16 or float32, not {cache.dtype} and {qkv.dtype}")
     if qkv.shape != (2 * num_rows, (layer.num_heads + 2 * layer.num_kv_heads) * dim) or not qkv.is_contiguous():
         raise ValueError(f"queries, keys and values must be contiguous, of {num_rows} tokens: {tuple(qkv.shape)}")
-    if batch.heads is not None and batch.heads.shape[1:] != (num_rows, layer.num_heads):
-        raise ValueError(f"parts of heads must be of {num_rows} tokens: {tuple(batch.heads.shape)}")
 
 
 def available(head_dim: int) -> bool:

@@ -15,15 +15,23 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from agd_vllm.kernels import dual_attention, dual_attention_triton, gate_triton, streams_triton
+from agd_vllm.kernels import (
+    dual_attention_triton,
+    gate_triton,
+    paged_attention_triton,
+    paged_heads_triton,
+    streams_triton,
+    tilings,
+)
 
 # Compute capability and the shared memory that a block may have: A100, H100.
 GPUS = {80: 163 << 10, 90: 227 << 10}
 ALIGNED = [["tt.divisibility", 16]]
 NUMBERS = ("ratio", "value_factor", "largest", "eps", "scale")
-MULTIPLES_OF_16 = ("stride", "vocab", "dim", "num_heads")
+MULTIPLES_OF_16 = ("stride", "vocab", "dim", "num_heads", "of_block", "of_head", "of_plane", "of_token")
 TABLES = {"sequences": "i64", "tiles": "i64", "tokens": "i64", "rows": "i64", "pause": "i64", "opens": "i1"}
-COUNTS = {"candidate_ids": "i32", "candidate_counts": "i32"}
+TABLES |= {"slots": "i64", "positions": "i64"}
+COUNTS = {name: "i32" for name in ("candidate_ids", "candidate_counts", "table", "starts", "ends", "set_of")}
 
 
 def build(function, gpu: int, pointers: tuple[str, ...], constants: dict, half: tuple[str, ...] = (), **options):
@@ -90,8 +98,8 @@ def append(gpu: int, head_dim: int) -> None:
 
 
 def attention(gpu: int, head_dim: int) -> None:
-    for tilings, split in ((dual_attention.DECODE, True), (dual_attention.PREFILL, False)):
-        tiling = dual_attention.choose_tiling(tilings, kind(head_dim)["BLOCK_D"], 4, GPUS[gpu])
+    for kinds, split in ((tilings.DECODE, True), (tilings.PREFILL, False)):
+        tiling = tilings.choose_tiling(kinds, kind(head_dim)["BLOCK_D"], 4, GPUS[gpu])
         build(
             dual_attention_triton.attend,
             gpu,
@@ -113,6 +121,46 @@ def attention(gpu: int, head_dim: int) -> None:
         gpu,
         ("sequences", "tiles", "out", "sums", "numbers"),
         {"D": head_dim, "BLOCK_D": head_dim},
+        num_warps=1,
+    )
+
+
+def paged_attention(gpu: int, head_dim: int) -> None:
+    group, paged = 4, {"STREAMS": 2, "GROUP": 4, "SIZE": 16, **kind(head_dim)}
+    halves = ("qkv", "queries", "cache", "out")
+    build(
+        paged_heads_triton.prepare,
+        gpu,
+        ("qkv", "slots", "positions", "rope", "query_gain", "key_gain", "queries", "cache"),
+        {"NORMED": False, "THROUGH_NORM": False, "MEMBERS": 8, **paged},
+        halves,
+        num_warps=2,
+    )
+    for kinds, single in ((tilings.DECODE, True), (tilings.PREFILL, False)):
+        tiling = tilings.choose_tiling(kinds, paged["BLOCK_D"], group, GPUS[gpu])
+        build(
+            paged_attention_triton.attend,
+            gpu,
+            ("queries", "out", "sums", "numbers", "cache", "table", "starts", "ends", "sets", "set_of"),
+            {
+                "SINGLE": single,
+                "WINDOW": False,
+                "SPLIT": single,
+                "ROWS": tiling.rows,
+                "KEYS": tiling.keys,
+                "INTERPRETED": False,
+                **paged,
+            },
+            halves,
+            num_warps=tiling.warps,
+            num_stages=2 * tiling.stages - 1 if single else tiling.stages,
+        )
+    build(
+        paged_attention_triton.combine,
+        gpu,
+        ("sums", "numbers", "out", "starts", "sets", "set_of"),
+        {"D": head_dim, "BLOCK_D": paged["BLOCK_D"]},
+        halves,
         num_warps=1,
     )
 
@@ -157,3 +205,4 @@ if __name__ == "__main__":
     between_linear_layers(90, 4096, 32, 128)
     for gpu in GPUS:
         attention(gpu, 128)
+        paged_attention(gpu, 128)

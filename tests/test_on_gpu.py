@@ -13,7 +13,7 @@ from agd_vllm.attribution.forward import ForwardScorer
 from agd_vllm.attribution.rules import ACTIVATIONS, RULES
 from agd_vllm.attribution.sequence_attention import SequenceAttention
 from agd_vllm.engine.gate_reports import CopyFromGPU
-from agd_vllm.kernels import dual_attention, streams_triton, triton_support
+from agd_vllm.kernels import dual_attention, streams_triton, tilings, triton_support
 from agd_vllm.kernels.gate import gate, gate_twin
 from agd_vllm.records import Roi, ScoreRequest, Span
 
@@ -69,7 +69,7 @@ def test_attention_equals_its_twin(rule, window, head_dim):
     segments, queries, keys, values = batch(rule, 2, 4, head_dim, 1, sequences, torch.bfloat16, CUDA)
     queries, keys, values = (tensor.bfloat16().float() for tensor in (queries, keys, values))
     twins = copies(segments, torch.float32)
-    assert dual_attention.available(head_dim, torch.bfloat16)
+    assert tilings.available(head_dim, torch.bfloat16)
     held = [(sequence.keys, sequence.values, sequence.length, count) for sequence, count in segments]
     ours = dual_attention.DualAttention(held, RULES[rule].scores, RULES[rule].values)(1, queries, keys, values, window)
     theirs = SequenceAttention(twins, RULES[rule])(1, queries, keys, values, window)

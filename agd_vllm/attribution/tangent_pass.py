@@ -141,7 +141,7 @@ def _attention_kernel(hf: HFModel) -> Callable[..., Attend] | None:
     # On a GPU, where Triton may be missing.
     if not triton_support.available():
         return None
-    from agd_vllm.kernels import dual_attention
+    from agd_vllm.kernels import dual_attention, tilings
 
-    fitting = dual_attention.available(hf.head_dim, hf.unembedding.dtype)
+    fitting = tilings.available(hf.head_dim, hf.unembedding.dtype)
     return dual_attention.DualAttention if fitting else None

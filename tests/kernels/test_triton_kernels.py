@@ -13,7 +13,7 @@ from conftest import CHECKOUT
 
 from agd_vllm.attribution.tangent_pass import _attention_kernel
 from agd_vllm.kernels import triton_support
-from agd_vllm.kernels.dual_attention import DECODE, PREFILL, choose_tiling, num_splits
+from agd_vllm.kernels.tilings import DECODE, PREFILL, choose_tiling, num_splits
 
 
 def test_interpreted_kernels_equal_their_twins():
@@ -34,12 +34,12 @@ def test_they_compile_for_gpus_and_fit_them():
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert {(kernel["kernel"], kernel["gpu"]) for kernel in kernels} == {
         *((name, 90) for name in ("_measure", "_decide", "append", "_rms_norm", "_rope", "_gated")),
-        *((name, gpu) for name in ("attend", "combine") for gpu in (80, 90)),
+        *((name, gpu) for name in ("attend", "combine", "prepare") for gpu in (80, 90)),
     }
     for kernel in kernels:
         assert kernel["shared_bytes"] <= kernel["shared_limit"], kernel
         assert kernel["spilled_bytes"] <= 1024, kernel
-        if kernel["kernel"] not in ("_decide", "append", "combine"):
+        if kernel["kernel"] not in ("_decide", "append", "combine", "prepare"):
             assert kernel["widest_load"] == 128, kernel
 
 

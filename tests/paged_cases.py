@@ -1,0 +1,96 @@
+"""Random paged sequences with their next queries, keys and values: what kernels of paged attention are compared on."""
+
+from dataclasses import dataclass
+
+import torch
+
+from agd_vllm.attribution.rules import RULES
+from agd_vllm.kernels import paged_attention
+from agd_vllm.kernels.paged_attention import PagedBatch, PagedLayer
+
+MAX_POSITIONS = 512
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@dataclass
+class Case:
+    layer: PagedLayer
+    batch: PagedBatch
+    cache: torch.Tensor
+    qkv: torch.Tensor
+
+    def attend(self, attend=paged_attention.attend) -> tuple[torch.Tensor, torch.Tensor]:
+        """The attention and the cache as it is then; the case's own is left alone."""
+        view = self.cache.storage_offset(), self.cache.shape, self.cache.stride()
+        cache = torch.empty(0, dtype=self.cache.dtype).set_(self.cache.untyped_storage().clone(), *view)
+        return attend(self.layer, self.batch, 1, cache, self.qkv), cache
+
+
+def make_layer(rule="attnlrp", kv_heads=1, group=1, head_dim=64, window=None, norms=False) -> PagedLayer:
+    angles = torch.arange(MAX_POSITIONS)[:, None] / 100 ** (torch.arange(head_dim // 2) / (head_dim // 2))
+    gains = {"query_gain": torch.randn(head_dim), "key_gain": torch.randn(head_dim), "eps": 1e-6} if norms else {}
+    return PagedLayer(
+        num_heads=kv_heads * group,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        rope=torch.cat((angles.cos(), angles.sin()), -1),
+        score_factor=RULES[rule].scores,
+        value_factor=RULES[rule].values,
+        through_norm=RULES[rule].through_norm,
+        window=window,
+        **gains,
+    )
+
+
+def empty_cache(blocks: int, layer: PagedLayer, block_size: int, strides: str, dtype: torch.dtype) -> torch.Tensor:
+    """A cache with nothing but NaN in it: contiguous, one layer of several, or with the tokens of a block first."""
+    heads, planes, dim = layer.num_kv_heads, layer.planes, layer.head_dim
+    if strides == "tokens first":
+        cache = torch.empty(blocks, block_size, heads, planes, dim, dtype=dtype).permute(0, 2, 3, 1, 4)
+    elif strides == "one of several":
+        cache = torch.empty(blocks, 3, heads, planes, block_size, dim, dtype=dtype)[:, 1]
+    else:
+        cache = torch.empty(blocks, heads, planes, block_size, dim, dtype=dtype)
+    cache.fill_(float("nan"))
+    return cache
+
+
+def make_case(
+    layer: PagedLayer,
+    sequences,
+    block_size=16,
+    strides="contiguous",
+    dtype=F32,
+    cache_dtype=None,
+    padding=0,
+    heads=False,
+) -> Case:
+    """Sequences of these (length, count), their caches with random content up to the length and NaN beyond."""
+    lengths, counts = (torch.tensor(column) for column in zip(*sequences, strict=True))
+    pages = [-(-(length + count) // block_size) for length, count in sequences]
+    # The table is wider than it must be, and of blocks in any order.
+    table = torch.zeros(len(sequences), max(pages) + 3, dtype=torch.int32)[:, : max(pages)]
+    order = torch.randperm(sum(pages) + 2).int()
+    cache = empty_cache(len(order), layer, block_size, strides, cache_dtype or dtype)
+    slots, positions = [], []
+    for i, (length, count) in enumerate(sequences):
+        table[i, : pages[i]], order = order[: pages[i]], order[pages[i] :]
+        places = torch.arange(length + count)
+        slot = table[i, places // block_size].long() * block_size + places % block_size
+        held = slot[:length]
+        cache[held // block_size, :, :, held % block_size] = torch.randn(
+            length, layer.num_kv_heads, layer.planes, layer.head_dim
+        ).to(cache.dtype)
+        slots.append(slot[length:])
+        positions.append(places[length:])
+        if layer.window:
+            # Blocks before the window are another's by now.
+            table[i, : max(0, length + 1 - layer.window) // block_size] = order[-1]
+    rows = int(counts.sum()) + padding
+    slots = torch.cat((*slots, torch.full((padding,), -1)))
+    positions = torch.cat((*positions, torch.zeros(padding, dtype=torch.int64)))
+    parts = torch.rand(2, rows, layer.num_heads).round() if heads else None
+    qkv = torch.randn(2 * rows, (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim).mul(2).to(dtype)
+    qkv.view(2, rows, -1)[:, rows - padding :] = float("nan")
+    return Case(layer, PagedBatch(table, lengths, counts, slots, positions, parts), cache, qkv)
