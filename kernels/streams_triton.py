@@ -70,10 +70,11 @@ def rope(heads: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, scale
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: str, rule: str) -> torch.Tensor:
-    """Gate and up [S, N, I] of one dtype to [S, N, I] of the same."""
-    _check(gate, up)
-    out = torch.empty_like(gate)
+    """Gate and up [S, N, I] of one dtype to [S, N, I] of the same; they may be the halves of one [S, N, 2 I]."""
     num_streams, rows, dim = gate.shape
+    if gate.stride() != up.stride() or gate.stride(2) != 1 or gate.stride(0) != rows * gate.stride(1):
+        raise ValueError(f"rows must be contiguous and equally far apart, not {gate.stride()}, {up.stride()}")
+    out = gate.new_empty(gate.shape)
     _gated[(rows, triton.cdiv(dim, GATED_BLOCK))](
         gate,
         up,
@@ -81,6 +82,7 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: str, rule: str) -> t
         num_streams,
         rows,
         dim,
+        gate.stride(1),
         SILU=activation == ACTIVATIONS[0],
         RULE=RULES.index(rule),
         BLOCK=GATED_BLOCK,
@@ -163,6 +165,7 @@ def _gated(
     num_streams,
     rows,
     dim,
+    stride,
     SILU: tl.constexpr,
     RULE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -171,7 +174,7 @@ def _gated(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = columns < dim
-    at = row * dim + columns
+    at = row * stride + columns
     gate = tl.load(gates + at, mask=there, other=0.0).to(tl.float32)
     up = tl.load(ups + at, mask=there, other=0.0).to(tl.float32)
     # phi(g) / g: silu's is the sigmoid, and (1 + tanh z) / 2 is the sigmoid of 2 z (the tanh approximation of GELU).
@@ -181,17 +184,18 @@ def _gated(
     else:
         ratio = tl.sigmoid(1.5957691216 * (gate + 0.044715 * gate * gate * gate))
         slope = ratio + gate * ratio * (1 - ratio) * 1.5957691216 * (1 + 3 * 0.044715 * gate * gate)
-    tl.store(out + at, gate * ratio * up, mask=there)
+    tl.store(out + row * dim + columns, gate * ratio * up, mask=there)
     if RULE == 0:
         on_gate, on_up = ratio * up / 2, ratio * gate / 2
     else:
         on_gate, on_up = slope * up, ratio * gate
     for stream in range(1, num_streams):
-        at = (stream * rows + row) * dim + columns
+        line = stream * rows + row
+        at = line * stride + columns
         tangent = on_up * tl.load(ups + at, mask=there, other=0.0).to(tl.float32)
         if RULE != 1:
             tangent += on_gate * tl.load(gates + at, mask=there, other=0.0).to(tl.float32)
-        tl.store(out + at, tangent, mask=there)
+        tl.store(out + line * dim + columns, tangent, mask=there)
 
 
 def _warps(elements: int) -> int:

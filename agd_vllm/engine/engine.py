@@ -17,7 +17,8 @@ import psutil
 from agd_vllm.engine.admission import Admission
 from agd_vllm.engine.arguments import gpus_per_engine
 from agd_vllm.engine.channel import TRACE_VARIABLE, EngineStep, GateReceiver
-from agd_vllm.engine.environment import in_this_process, on_cpu, set_environment
+from agd_vllm.engine.environment import in_this_process, on_cpu, runs_v1, set_environment
+from agd_vllm.engine.gpu import check_gpu
 from agd_vllm.engine.occupancy import Occupancy
 from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.records import PreparedRow, RowRefused
@@ -50,9 +51,9 @@ class EngineSettings:
 
     `cores`: the CPU cores that vLLM's threads are bound to (CPU only; None leaves it to vLLM). `deadline_s`: a session
     that gives no token for so long, while others do, is opened anew; it must bear the prefill of many long prompts.
-    `processors`: logits processors beside the gate, of Model Runner V1. `plain`: rows are plain requests, which never
-    pause; no gate is installed then. `repetition_penalty` as in vLLM's SamplingParams, of prompt and output, for rows
-    without gate and contrast.
+    `plain`: rows are plain requests, which never pause; no gate is installed then. `processors`: logits processors
+    beside the gate, of Model Runner V1 (where `plain`: of both). `repetition_penalty` as in vLLM's SamplingParams, of
+    prompt and output, for rows without gate and contrast.
     """
 
     dtype: str = "auto"
@@ -83,7 +84,7 @@ class Engine:
     def start(self) -> None:
         self._receiver = GateReceiver(self._trace_step)
         asyncio.get_running_loop().add_reader(self._receiver.fileno(), self._receiver.drain)
-        set_environment(self._settings.cores, bool(self._settings.processors))
+        set_environment(self._settings.cores, self._of_v1)
         if self._tracer.enabled:
             os.environ[TRACE_VARIABLE] = "1"
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -91,7 +92,7 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         args = AsyncEngineArgs(**self._engine_args())
-        stepped = self._settings.plain and on_cpu()
+        stepped = self._settings.plain and runs_v1()
         with in_this_process() if stepped else nullcontext():
             # vLLM's sizes of a batch for offline use, as in vllm.LLM.
             config = args.create_engine_config(UsageContext.LLM_CLASS)
@@ -114,10 +115,15 @@ class Engine:
         )
         self._pair_slots = list(range(self.max_sessions // 2))
 
+    @property
+    def _of_v1(self) -> bool:
+        """Whether there are processors of Model Runner V1."""
+        return bool(self._settings.processors) and not self._settings.plain
+
     def _fit_model_runner(self, config: Any) -> None:
         """Installs the processors for the model runner that vLLM takes, which depends on all of its configuration."""
         v2, processors = config.use_v2_model_runner, self._settings.processors
-        if v2 and processors:
+        if v2 and self._of_v1:
             raise ValueError("VLLM_USE_V2_MODEL_RUNNER=1: this strategy needs Model Runner V1; leave it out")
         if config.scheduler_config.async_scheduling and not v2:
             raise ValueError("--engine-arg async_scheduling: only with vLLM's Model Runner V2; leave it out")
@@ -147,8 +153,11 @@ class Engine:
             args["distributed_executor_backend"] = "mp"
         if on_cpu() and "gpu_memory_utilization" not in settings.engine_args:
             args["kv_cache_memory_bytes"] = int(psutil.virtual_memory().total * CPU_MEMORY_SHARE)
+        if settings.plain:
+            # Nothing pauses.
+            del args["async_scheduling"]
         args |= settings.engine_args
-        if settings.processors:
+        if self._of_v1:
             # They count a row's tokens in Model Runner V1's lists, which run ahead with it.
             args["async_scheduling"] = False
         return args
@@ -284,25 +293,3 @@ class Engine:
     def shutdown(self) -> None:
         self._llm.shutdown()
         self._receiver.close()
-
-
-def check_gpu(config: Any) -> None:
-    """Raises RuntimeError with one line where what vLLM may take of a GPU, by its `config`, is too little."""
-    from vllm.platforms import current_platform
-
-    from agd_vllm.models.architectures import TEXT_MODEL
-    from agd_vllm.models.gpu_memory import check_room, engine_needs
-
-    model, cache = config.model_config, config.cache_config
-    known = not TEXT_MODEL.keys().isdisjoint(model.hf_config.architectures or ())
-    if not known or model.quantization is not None or cache.kv_cache_memory_bytes is not None:
-        return  # what it takes then only vLLM knows
-    needs = engine_needs(model.hf_config, model.dtype, model.max_model_len, config.parallel_config.world_size)
-    # Not by torch, which would take memory of the GPU for this process, too.
-    total = current_platform.get_device_total_memory()
-    share = cache.gpu_memory_utilization
-    remedies = (
-        "take a lower --max-model-len, fewer --engines or --attribution-workers, a higher --engine-arg "
-        "gpu_memory_utilization or tensor_parallel_size, or more GPUs"
-    )
-    check_room("an engine", needs, int(share * total), total, remedies)

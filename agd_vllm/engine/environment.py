@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from agd_vllm.engine.orphans import ACTOR_VARIABLE
 
 IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 def on_cpu() -> bool:
@@ -17,12 +18,17 @@ def on_cpu() -> bool:
     return not torch.cuda.is_available()
 
 
+def runs_v1() -> bool:
+    """Whether vLLM takes Model Runner V1 here, as on every CPU that it is not told otherwise on."""
+    return on_cpu() and os.environ.get(RUNNER) != "1"
+
+
 def set_environment(cores: list[int] | None, processors_of_v1: bool) -> None:
     """vLLM reads these when it is imported or when its worker starts; what the user has set wins. `cores`: those of its
     threads, None leaves them to vLLM."""
     if on_cpu() or processors_of_v1:
         # Model Runner V2 needs a GPU's Triton, and takes no processors of V1.
-        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+        os.environ.setdefault(RUNNER, "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ[ACTOR_VARIABLE] = f"{os.getpid()}"
     if cores is not None:

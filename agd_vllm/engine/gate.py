@@ -11,7 +11,7 @@ import torch
 
 from agd_vllm.engine.channel import SOCKET_VARIABLE, TRACE_VARIABLE, EngineStep, GateSender
 from agd_vllm.engine.gate_params import GateParams
-from agd_vllm.engine.gate_reports import report_sender
+from agd_vllm.engine.gate_reports import gate_reports, report_sender
 from agd_vllm.engine.last_words import tell_last_words
 from agd_vllm.engine.orphans import end_with_actor
 from agd_vllm.kernels.gate import gate
@@ -25,7 +25,7 @@ class BatchGate:
     def __init__(self, device: torch.device, reports: bool):
         self._device = device
         sender = GateSender(os.environ[SOCKET_VARIABLE])
-        self._reports = report_sender(sender, device) if reports else None
+        self._reports = report_sender(gate_reports(sender), device) if reports else None
         self._traced = TRACE_VARIABLE in os.environ
         self.set_rows([], [])
         end_with_actor()
@@ -59,4 +59,4 @@ class BatchGate:
             now = time.time()
             step = EngineStep(self._begun, now - self._begun, now - begun, logits.shape[0])
         if decision is not None or step is not None:
-            self._reports.send(decision, self._params, steps, step)
+            self._reports(decision, self._params, steps, step)

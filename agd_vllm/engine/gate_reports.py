@@ -1,4 +1,4 @@
-"""Reports of open gates on their way to the actor: at once on a CPU, behind the model's back on a GPU."""
+"""Reports of what was decided on their way to the actor: at once on a CPU, behind the model's back on a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any
 
 import torch
 
@@ -16,55 +16,47 @@ from agd_vllm.kernels.gate_decision import GateDecision
 
 log = logging.getLogger("agd_vllm")
 
-ToHost = Callable[[GateDecision], tuple[GateDecision, Callable[[], object]]]
-"""Begins to copy a decision to the host; gives the copy and what waits until it is there."""
+Deliver = Callable[[Any, Sequence[Any], Sequence[Any], EngineStep | None], None]
+"""Sends what came of the rows of a batch (tensors by name, in the host's memory; None: nothing), with the parameters
+and the output step of each row, and the engine's step if it is traced. Never raises."""
+
+ToHost = Callable[[Any], tuple[Any, Callable[[], object]]]
+"""Begins to copy what came of the rows to the host; gives the copy and what waits until it is there."""
 
 
-class ReportSender(Protocol):
-    def send(
-        self,
-        decision: GateDecision | None,
-        params: Sequence[GateParams],
-        steps: Sequence[int],
-        step: EngineStep | None,
-    ) -> None:
-        """Reports the rows of `decision` whose gate opened, and the engine's `step` if it is traced. Never raises."""
+def gate_reports(sender: GateSender) -> Deliver:
+    """Reports the rows of a GateDecision whose gate opened."""
 
+    def deliver(decision, params, steps, step) -> None:
+        sender.send([] if decision is None else reports(decision, params, steps), step)
 
-class DirectReports:
-    """Where the decision lies in the host's memory."""
-
-    def __init__(self, sender: GateSender):
-        self._sender = sender
-
-    def send(self, decision, params, steps, step) -> None:
-        self._sender.send([] if decision is None else reports(decision, params, steps), step)
+    return deliver
 
 
 class FlushedReports:
-    """Where the decision is still being computed: a thread of its own waits for it and sends it.
+    """Where what came of the rows is still being computed: a thread of its own waits for it and delivers it.
 
     It cannot be left to the next step: when all rows pause there is none.
     """
 
-    def __init__(self, sender: GateSender, to_host: ToHost):
-        self._direct = DirectReports(sender)
+    def __init__(self, deliver: Deliver, to_host: ToHost):
+        self._deliver = deliver
         self._to_host = to_host
         self._waiting: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=self._flush, name="agd-vllm-reports", daemon=True).start()
 
-    def send(self, decision, params, steps, step) -> None:
-        copy, wait = (None, None) if decision is None else self._to_host(decision)
-        # With the decision itself: its memory must not be used for anything else before it is copied.
-        self._waiting.put((decision, copy, wait, list(params), list(steps), step))
+    def send(self, result, params, steps, step) -> None:
+        copy, wait = (None, None) if result is None else self._to_host(result)
+        # With the result itself: its memory must not be used for anything else before it is copied.
+        self._waiting.put((result, copy, wait, list(params), list(steps), step))
 
     def _flush(self) -> None:
         while True:
-            _decision, copy, wait, params, steps, step = self._waiting.get()
+            _result, copy, wait, params, steps, step = self._waiting.get()
             try:
                 if wait is not None:
                     wait()
-                self._direct.send(copy, params, steps, step)
+                self._deliver(copy, params, steps, step)
             except Exception:
                 # The row whose report is lost fails alone; the next ones need this thread.
                 log.exception("a gate's report was lost")
@@ -77,18 +69,19 @@ class CopyFromGPU:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
-    def __call__(self, decision: GateDecision) -> tuple[GateDecision, Callable[[], object]]:
+    def __call__(self, result: Any) -> tuple[Any, Callable[[], object]]:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            copy = GateDecision(*(tensor.to("cpu", non_blocking=True) for tensor in decision))
+            copy = type(result)(*(tensor.to("cpu", non_blocking=True) for tensor in result))
             # blocking: the waiting thread sleeps instead of spinning.
             done = torch.cuda.Event(blocking=True)
             done.record()
         return copy, done.synchronize
 
 
-def report_sender(sender: GateSender, device: torch.device) -> ReportSender:
-    return FlushedReports(sender, CopyFromGPU(device)) if device.type == "cuda" else DirectReports(sender)
+def report_sender(deliver: Deliver, device: torch.device) -> Deliver:
+    """`deliver` for what lies on `device`."""
+    return FlushedReports(deliver, CopyFromGPU(device)).send if device.type == "cuda" else deliver
 
 
 def reports(decision: GateDecision, params: Sequence[GateParams], steps: Sequence[int]) -> list[Report]:

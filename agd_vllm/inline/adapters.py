@@ -82,7 +82,8 @@ def _paged_layer(attention: nn.Module, rule: Rule, tables: dict[nn.Module, torch
     rotary = attention.rotary_emb
     if rotary not in tables:
         # vLLM keeps its table in the model's dtype, which is coarse for bfloat16: made anew in float32.
-        tables[rotary] = rotary._compute_cos_sin_cache().float().contiguous()
+        with rotary.cos_sin_cache.device:
+            tables[rotary] = rotary._compute_cos_sin_cache().float().contiguous()
     norms = [norm(getattr(attention, name)) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
     query_norm, key_norm = norms or (None, None)
     return PagedLayer(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from agd_vllm.kernels import triton_support
 from agd_vllm.models.architectures import check_supported
 
 CONFIG = "agd_inline"
@@ -21,7 +22,7 @@ CLASSES = {
         "Qwen3ForCausalLM",
     )
 }
-PROCESSOR_V1 = "agd_vllm.inline.processor_v1:InlineProcessorV1"
+PROCESSOR = "agd_vllm.inline.processor:InlineProcessor"
 # A batch of prompts whose temporaries stay in a CPU's cache.
 CPU_BATCH_TOKENS = 512
 DTYPES = ("float32", "bfloat16")
@@ -31,12 +32,15 @@ WITHOUT = {
     "pipeline_parallel_size": 1,
     "decode_context_parallel_size": 1,
     "enable_lora": False,
+    "enable_batch_sharded_sampling": False,
     "quantization": None,
     "kv_cache_dtype": "auto",
     "model_class_overrides": {},
     "additional_config": {},
+    "compilation_config": {},
 }
-INSTEAD = "leave it out, or take --scorer forward"
+INSTEAD_OF_IT = "take --scorer forward"
+INSTEAD = f"leave it out, or {INSTEAD_OF_IT}"
 
 
 def engine_args(
@@ -58,24 +62,41 @@ def engine_args(
     own = f"{config.get_text_config().dtype}".removeprefix("torch.")
     if dtype == "auto" and own not in (*DTYPES, "None"):
         raise ValueError(f"dtype: the model's is {own}, inline attribution has {' and '.join(DTYPES)}; name one")
-    if torch.cuda.is_available() or os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        raise ValueError("inline attribution runs on CPUs, with vLLM's Model Runner V1 only; take --scorer forward")
+    if torch.cuda.is_available():
+        _check_gpu(dtype, own, config.get_text_config())
     args: dict[str, Any] = {
         "model": model,
         "dtype": dtype,
         "revision": revision,
         "trust_remote_code": trust_remote_code,
         "model_class_overrides": {name: CLASSES[name]},
-        "logits_processors": [PROCESSOR_V1],
+        "logits_processors": [PROCESSOR],
         # Part of the key of vLLM's compile cache.
         "additional_config": {CONFIG: {"rule": rule}},
-        # What lies between the linear layers are kernels of ours.
-        "enforce_eager": True,
+        # What lies between the linear layers are kernels of ours, so that nothing is compiled; a GPU captures decode.
+        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
         # Windows are the kernel's: all layers share one kind of block.
         "disable_hybrid_kv_cache_manager": True,
-        "max_num_batched_tokens": CPU_BATCH_TOKENS,
     }
-    return args
+    return args if torch.cuda.is_available() else args | {"max_num_batched_tokens": CPU_BATCH_TOKENS}
+
+
+def _check_gpu(dtype: str, own: str, config: Any) -> None:
+    """Raises ValueError, in one line, for what it has no code for on a GPU."""
+    if (own if dtype == "auto" else dtype) != "bfloat16":
+        raise ValueError(f"--dtype {dtype}: on a GPU inline attribution has bfloat16 only; name it, or {INSTEAD_OF_IT}")
+    if not triton_support.available():
+        raise ValueError(f"inline attribution needs Triton on a GPU; install it, or {INSTEAD_OF_IT}")
+    from agd_vllm.kernels import tilings
+
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if not tilings.available(head_dim, torch.bfloat16):
+        raise ValueError(
+            f"inline attribution has no kernel for heads of {head_dim} on this GPU (at most {tilings.MAX_HEAD_DIM}, "
+            f"compute capability {'.'.join(map(str, tilings.MIN_CAPABILITY))} or later); {INSTEAD_OF_IT}"
+        )
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0":
+        raise ValueError("VLLM_USE_V2_MODEL_RUNNER=0: on a GPU inline attribution needs Model Runner V2; leave it out")
 
 
 def rule_name(vllm_config: Any) -> str:

@@ -7,19 +7,26 @@ only a page is larger: keys and values of both streams (with CP-LRP, whose keys 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from types import ModuleType
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata, MultipleOf
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
 from agd_vllm.attribution.rules import Rule
 from agd_vllm.inline import paged_twin
 from agd_vllm.kernels import paged_attention
-from agd_vllm.kernels.paged_attention import PagedBatch, PagedLayer
+from agd_vllm.kernels.paged_attention import PagedLayer
 
 # Tokens of a block: what the kernel reads at once.
 BLOCK_MULTIPLE = 16
@@ -27,17 +34,21 @@ BLOCK_MULTIPLE = 16
 
 @dataclass(frozen=True, slots=True)
 class DualMetadata:
-    """The rows of a batch, in its order: tokens [starts[i], starts[i + 1]) are those of row i, of which `lengths[i]`
-    stand in the cache already; token n goes to `slots[n]` (-1: nowhere)."""
+    """The rows of a batch, in its order: tokens [starts[i], starts[i + 1]) are those of row i, which has `ends[i]`
+    tokens in the cache with them, in the blocks of `block_table[i]`; token n goes to `slots[n]` (-1: nowhere). The
+    first `singles` rows have one token each; where all have, those at the end may pad the batch and have none."""
 
     block_table: torch.Tensor
     starts: torch.Tensor
-    lengths: torch.Tensor
-    counts: torch.Tensor
+    ends: torch.Tensor
     slots: torch.Tensor
+    singles: int
 
 
 class DualBuilder(AttentionMetadataBuilder[DualMetadata]):
+    # What is launched for rows of one token depends on their number only.
+    _cudagraph_support: ClassVar = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
@@ -45,10 +56,10 @@ class DualBuilder(AttentionMetadataBuilder[DualMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> DualMetadata:
         batch = common_attn_metadata
-        starts = batch.query_start_loc_cpu.long()
-        counts = starts.diff()
+        counts = batch.query_start_loc_cpu.diff().tolist()
+        singles = len(counts) if max(counts) <= 1 else next(i for i, count in enumerate(counts) if count != 1)
         return DualMetadata(
-            batch.block_table_tensor, starts[:-1], batch.seq_lens.long() - counts, counts, batch.slot_mapping
+            batch.block_table_tensor, batch.query_start_loc, batch.seq_lens, batch.slot_mapping, singles
         )
 
 
@@ -85,11 +96,11 @@ class DualAttention(nn.Module, AttentionLayerBase):
         self, vllm_config: VllmConfig, name: str, num_heads: int, num_kv_heads: int, head_dim: int, rule: Rule
     ):
         super().__init__()
-        self.name = name
-        self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
+        self.name, self.num_heads = name, num_heads
+        self._num_kv_heads, self._head_dim = num_kv_heads, head_dim
         self._rule = rule
         self._dtype = vllm_config.model_config.dtype
-        self._kernel = paged_attention if paged_attention.available(head_dim) else paged_twin
+        self.kernel = kernel(vllm_config.device_config.device, head_dim)
         self.kv_cache = torch.tensor([])
         vllm_config.compilation_config.static_forward_context[name] = self
 
@@ -112,11 +123,22 @@ class DualAttention(nn.Module, AttentionLayerBase):
         """`kv_cache` [blocks, K, block size, planes x D], each block in one piece: read as [blocks, K, planes, block
         size, D]."""
         blocks, heads, size, _ = kv_cache.shape
-        paged_attention.large_pages(kv_cache)
+        if kv_cache.device.type == "cpu":
+            paged_attention.large_pages(kv_cache)
         self.kv_cache = kv_cache.view(blocks, heads, -1, size, self._head_dim)
 
-    def forward(self, batch: PagedBatch | None, qkv: torch.Tensor) -> torch.Tensor:
-        """qkv [2 N, (H + 2 K) D], values before tangents, neither rotated, to [2 N, H D]."""
+    def forward(self, batch: Any | None, qkv: torch.Tensor) -> torch.Tensor:
+        """qkv [2 N, (H + 2 K) D], values before tangents, neither rotated, to [2 N, H D]; `batch` as the kernel takes
+        it, None where nothing is kept."""
         if batch is None:
-            return qkv.new_zeros(len(qkv), self._num_heads * self._head_dim)
-        return self._kernel.attend(self._layer, batch, self._index, self.kv_cache, qkv)
+            return qkv.new_zeros(len(qkv), self.num_heads * self._head_dim)
+        return self.kernel.attend(self._layer, batch, self._index, self.kv_cache, qkv)
+
+
+def kernel(device: torch.device, head_dim: int) -> ModuleType:
+    """The module whose `attend` serves this device; what it takes for a batch is its own."""
+    if device.type == "cuda":
+        from agd_vllm.kernels import paged_attention_gpu
+
+        return paged_attention_gpu
+    return paged_attention if paged_attention.available(head_dim) else paged_twin

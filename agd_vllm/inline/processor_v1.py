@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from vllm import SamplingParams
 from vllm.config import VllmConfig
@@ -12,10 +10,9 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from agd_vllm.inline.arguments import rule_name
 from agd_vllm.inline.params import inline_params
+from agd_vllm.inline.runner import engine_params
 from agd_vllm.inline.runner_v1 import InlineRow, RunnerV1
 from agd_vllm.inline.selection import Selection
-
-log = logging.getLogger("agd_vllm")
 
 
 class InlineProcessorV1(LogitsProcessor):
@@ -24,7 +21,7 @@ class InlineProcessorV1(LogitsProcessor):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
         self._runner = RunnerV1.of(vllm_config)
         self._rule = rule_name(vllm_config)
-        self._selection = Selection()
+        self._selection = Selection(device)
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -36,26 +33,17 @@ class InlineProcessorV1(LogitsProcessor):
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """vLLM calls this before every forward pass."""
         self._selection.begin()
-        process_dict_updates(self._runner.rows, batch_update, self._new_row)
+        rows = self._runner.rows
+        if process_dict_updates(rows, batch_update, self._new_row):
+            indices = sorted(rows)
+            self._selection.set_rows(indices, [rows[index].params for index in indices])
 
     def _new_row(self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> InlineRow | None:
-        found = inline_params(params)
-        if found is not None and found.rule != self._rule:
-            log.error("a request of rule %s in an engine of rule %s is decoded greedily", found.rule, self._rule)
-            return None
+        found = engine_params(params, self._rule)
         return None if found is None else InlineRow.of(found, len(prompt_ids or ()), output_ids)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """`logits` float32 [batch, vocabulary]."""
         runner = self._runner
-        indices = runner.sampled_rows()
-        rows = [runner.rows[index] for index in indices]
-        self._selection.apply(
-            logits,
-            indices,
-            [row.params for row in rows],
-            [row.step for row in rows],
-            runner.tangents,
-            runner.unembedding,
-        )
+        self._selection.apply(logits, runner.sampled_steps(), runner.tangents, runner.unembedding)
         return logits

@@ -13,12 +13,10 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 
 from agd_vllm.attribution.regions import heads_by_layer, token_weights
+from agd_vllm.inline.attention import DualAttention
 from agd_vllm.inline.params import InlineParams
-from agd_vllm.inline.runner import Step
+from agd_vllm.inline.runner import NAME, Step
 from agd_vllm.kernels.paged_attention import PagedBatch
-
-# Beside the layers in static_forward_context: vLLM filters that by type.
-NAME = "agd_vllm.inline"
 
 
 @dataclass(slots=True)
@@ -37,11 +35,6 @@ class InlineRow:
         end = min(prompt_len, max((span.end for span in roi.spans), default=0))
         return cls(params, prompt_len, output_ids, token_weights(roi, 0, end), heads_by_layer(roi))
 
-    @property
-    def step(self) -> int:
-        """Output tokens before the one that is sampled now."""
-        return len(self.output_ids)
-
 
 class RunnerV1:
     """One for each engine: `of` gives it, whoever asks first."""
@@ -56,28 +49,34 @@ class RunnerV1:
     def of(cls, vllm_config: VllmConfig) -> RunnerV1:
         return vllm_config.compilation_config.static_forward_context.setdefault(NAME, cls())
 
-    def serve(self, layer: str, num_layers: int, num_heads: int) -> None:
-        """The model's part: the name of a `layer` whose metadata are those of all, and the shape of head sets."""
-        self._layer, self._num_layers, self._num_heads = layer, num_layers, num_heads
+    def serve(self, layer: DualAttention, num_layers: int) -> None:
+        self._layer, self._num_layers, self._num_heads = layer.name, num_layers, layer.num_heads
 
-    def sampled_rows(self) -> list[int]:
-        """Rows with a region whose sample vLLM keeps: that of an unfinished chunk of a prompt it throws away."""
-        return [i for i, row in sorted(self.rows.items()) if self.reached[i] == row.prompt_len + len(row.output_ids)]
+    def sampled_steps(self) -> list[int | None]:
+        """Of each row with a region, in their order: output tokens before the one that is sampled now, None where vLLM
+        throws it away: that of an unfinished chunk of a prompt."""
+        return [
+            len(row.output_ids) if self.reached[i] == row.prompt_len + len(row.output_ids) else None
+            for i, row in sorted(self.rows.items())
+        ]
 
     def step(self, positions: torch.Tensor) -> Step:
         metadata = get_forward_context().attn_metadata
         if metadata is None:
             return Step(torch.zeros(len(positions)), None)
         batch = metadata[self._layer]
-        self.reached = (batch.lengths + batch.counts).tolist()
-        segments = list(zip(batch.starts.tolist(), batch.counts.tolist(), batch.lengths.tolist(), strict=True))
+        starts, ends = batch.starts.long(), batch.ends.long()
+        counts = starts.diff()
+        lengths = ends - counts
+        self.reached = ends.tolist()
+        segments = list(zip(starts[:-1].tolist(), counts.tolist(), lengths.tolist(), strict=True))
         weights = torch.zeros(len(positions))
         for i, row in self.rows.items():
             start, count, before = segments[i]
             there = row.weights[before : before + count]
             weights[start : start + len(there)] = there
         heads = self._heads(segments, len(positions))
-        paged = PagedBatch(batch.block_table, batch.lengths, batch.counts, batch.slots, positions, heads)
+        paged = PagedBatch(batch.block_table, lengths, counts, batch.slots, positions, heads)
         return Step(weights, paged)
 
     def _heads(self, segments: list[tuple[int, int, int]], num_tokens: int) -> torch.Tensor | None:

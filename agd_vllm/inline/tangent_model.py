@@ -14,6 +14,7 @@ from agd_vllm.inline.adapters import InlineLayer
 from agd_vllm.inline.arguments import rule_name
 from agd_vllm.inline.attention import DualAttention
 from agd_vllm.inline.operations import Operations
+from agd_vllm.inline.runner import Runner
 from agd_vllm.inline.runner_v1 import RunnerV1
 
 
@@ -31,12 +32,11 @@ class TangentModel:
         self._rule = RULES[rule_name(vllm_config)]
         self._dtype = vllm_config.model_config.dtype
         activation = ACTIVATIONS[getattr(config, "hidden_activation", None) or config.hidden_act]
-        self._ops = Operations(self._rule, activation, self._dtype)
+        self._ops = Operations(self._rule, activation, self._dtype, vllm_config.device_config.device)
         adapters.replace_attention(vllm_config, self.model.layers, self._rule)
         _check_room(vllm_config, [layer.self_attn.attn for layer in self.model.layers])
-        self._runner = RunnerV1.of(vllm_config)
-        first = self.model.layers[0].self_attn
-        self._runner.serve(first.attn.name, len(self.model.layers), first.num_heads)
+        self._runner = _runner(vllm_config)
+        self._runner.serve(self.model.layers[0].self_attn.attn, len(self.model.layers))
 
     # Read from the weights, which are loaded by the first pass.
     @cached_property
@@ -74,10 +74,26 @@ class TangentModel:
         streams = rows.unflatten(0, (2, -1))
         return streams if norm is None else self._ops.exact_norm(streams.float(), norm)
 
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """Model Runner V2 asks for it."""
+        from agd_vllm.inline.runner_v2 import InlineState
+
+        return InlineState
+
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         value, tangent = hidden_states.chunk(2, dim=-1)
         self._runner.keep(tangent, self.lm_head.weight)
         return super().compute_logits(value.to(self._dtype).contiguous())
+
+
+def _runner(vllm_config: VllmConfig) -> Runner:
+    if vllm_config.use_v2_model_runner:
+        # Of it nothing can be imported without Triton.
+        from agd_vllm.inline.runner_v2 import RunnerV2
+
+        return RunnerV2.of(vllm_config)
+    return RunnerV1.of(vllm_config)
 
 
 def _check_room(vllm_config: VllmConfig, layers: list[DualAttention]) -> None:

@@ -12,7 +12,7 @@ from agd_vllm.dola.arguments import engine_args as dola_engine_args
 from agd_vllm.engine.arguments import OWN
 from agd_vllm.engine.engine import CONTRAST_PROCESSOR, ENTROPY_PROCESSOR
 from agd_vllm.engine.events import Finished
-from agd_vllm.inline.arguments import PROCESSOR_V1 as INLINE_PROCESSOR
+from agd_vllm.inline.arguments import PROCESSOR as INLINE_PROCESSOR
 from agd_vllm.inline.arguments import check_arguments as check_inline_arguments
 from agd_vllm.inline.arguments import engine_args as inline_engine_args
 from agd_vllm.models.inspect import ModelInfo

@@ -20,7 +20,7 @@ from agd_vllm.engine import gate_v1, gate_v2
 from agd_vllm.engine.channel import TRACE_VARIABLE, GateReceiver, GateSender
 from agd_vllm.engine.engine import GATE_PROCESSORS
 from agd_vllm.engine.gate_params import GateParams
-from agd_vllm.engine.gate_reports import FlushedReports
+from agd_vllm.engine.gate_reports import FlushedReports, gate_reports
 from agd_vllm.engine.orphans import ACTOR_VARIABLE
 from agd_vllm.kernels.gate import gate_twin
 from agd_vllm.kernels.gate_decision import GateDecision
@@ -149,7 +149,7 @@ def test_reports_leave_a_gpu_without_a_next_step(receiver, monkeypatch):
 
         return copy, wait
 
-    monkeypatch.setattr(gate_module, "report_sender", lambda sender, device: FlushedReports(sender, slow_copy))
+    monkeypatch.setattr(gate_module, "report_sender", lambda deliver, device: FlushedReports(deliver, slow_copy).send)
     v2 = make_v2()
     v2.add_request(2, gated(1, 10))
     assert step_v2(v2, [2], [12], [uncertain(3, 4)])[0, PAUSE] == HIGHEST
@@ -172,7 +172,7 @@ def test_a_report_that_fails_loses_no_other(receiver, caplog):
     def copy(decision):
         return decision, lambda: 1 / 0 if decision.entropy[0] == 0 else None
 
-    flushed = FlushedReports(GateSender(receiver.path), copy)
+    flushed = FlushedReports(gate_reports(GateSender(receiver.path)), copy)
     params = [GateParams(1, 10, PAUSE, 0.5, 3, 0.05)]
     tau, min_prob = torch.tensor([0.5]), torch.tensor([0.05])
     decision = gate_twin(uncertain(3, 4)[None], torch.tensor([0]), tau, 3, min_prob, torch.tensor([PAUSE]))

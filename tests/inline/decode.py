@@ -17,7 +17,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from agd_vllm.engine.channel import GateSender
 from agd_vllm.engine.stepped import SteppedLLM
 from agd_vllm.inline import engine_args
-from agd_vllm.inline.arguments import PROCESSOR_V1
+from agd_vllm.inline.arguments import PROCESSOR
 from agd_vllm.pipeline.strategies import InlineAgd
 from agd_vllm.records import DecodedRow, PreparedRow, Roi, Span
 
@@ -74,8 +74,11 @@ def main() -> None:
     job = json.load(sys.stdin)
     spy()
     args = engine_args(job["model"], job.get("rule", "attnlrp"))
-    args = {key: args[key] for key in ("model_class_overrides", "additional_config", "max_num_batched_tokens")}
-    engine = EngineThread(Path(job["model"]), (PROCESSOR_V1,), plain=True, **args | job["engine_args"])
+    args = {
+        key: args[key]
+        for key in ("model_class_overrides", "additional_config", "max_num_batched_tokens", "compilation_config")
+    }
+    engine = EngineThread(Path(job["model"]), (PROCESSOR,), plain=True, **args | job["engine_args"])
     results = []
     for run in job["runs"]:
         COUNTS.clear()

@@ -75,7 +75,8 @@ class InlineModel:
             positions = torch.cat([torch.arange(n, n + c) for n, c in zip(lengths, counts, strict=True)])
             owner = torch.repeat_interleave(torch.tensor(open_), counts)
             slots = table[owner, positions // BLOCK].long() * BLOCK + positions % BLOCK
-            metadata = DualMetadata(table[open_], counts.cumsum(0) - counts, lengths, counts, slots)
+            starts = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0))).int()
+            metadata = DualMetadata(table[open_], starts, (lengths + counts).int(), slots, singles=0)
             self._runner.rows = {row: self._row(*sequences[i]) for row, i in enumerate(open_)}
             with torch.no_grad(), set_forward_context(dict.fromkeys(self._layers, metadata), self._config):
                 hidden = self._model(torch.tensor([token for piece in pieces for token in piece]), positions)

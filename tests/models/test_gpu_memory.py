@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 from agd_vllm.attribution import worker as worker_module
 from agd_vllm.attribution.forward import PASS_TOKENS
 from agd_vllm.attribution.worker import AttributionSettings, AttributionWorker
-from agd_vllm.engine.engine import check_gpu
+from agd_vllm.engine.gpu import check_gpu
 from agd_vllm.models.gpu_memory import GIB, LEAST_CACHE_BYTES, check_room, engine_needs, weight_bytes, worker_needs
 from benchmarks.random_model import SHAPES
 
