@@ -23,11 +23,11 @@ def runs_v1() -> bool:
     return on_cpu() and os.environ.get(RUNNER) != "1"
 
 
-def set_environment(cores: list[int] | None, processors_of_v1: bool) -> None:
+def set_environment(cores: list[int] | None) -> None:
     """vLLM reads these when it is imported or when its worker starts; what the user has set wins. `cores`: those of its
     threads, None leaves them to vLLM."""
-    if on_cpu() or processors_of_v1:
-        # Model Runner V2 needs a GPU's Triton, and takes no processors of V1.
+    if on_cpu():
+        # Model Runner V2 needs a GPU's Triton.
         os.environ.setdefault(RUNNER, "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ[ACTOR_VARIABLE] = f"{os.getpid()}"
