@@ -51,17 +51,24 @@ class PlainVLLM:
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, model, cores, own_process, engine_args))
         self._process.start()
+        # The child has it now: where it dies, nobody is left to write, and reading ends.
+        theirs.close()
         self.pid = self._process.pid
-        if self._connection.recv() != "ready":
-            raise RuntimeError("plain vLLM did not start")
+        self._receive()
 
     def generate(self, job: Job) -> tuple[int, float, int]:
         """Tokens, seconds and guided steps of a job. Rests before and after."""
         time.sleep(REST_S)
         self._connection.send(job)
-        answer = self._connection.recv()
+        answer = self._receive()
         time.sleep(REST_S)
         return answer
+
+    def _receive(self) -> Any:
+        try:
+            return self._connection.recv()
+        except EOFError as error:
+            raise RuntimeError("plain vLLM died; what it died of stands above") from error
 
     def __enter__(self) -> PlainVLLM:
         return self

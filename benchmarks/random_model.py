@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 SHAPES = {
     "llama-3.1-8b": LlamaConfig(
@@ -30,10 +34,42 @@ SHAPES = {
 }
 
 
-def write(config: LlamaConfig, folder: Path) -> Path:
-    """Random weights of `config`, seeded, as a model folder; they are made on the GPU if there is one."""
+# Standard deviation of the logits: about half of all steps are then uncertain (tau 1.734), as in real models' answers.
+SIGMA = 7.0
+TOKENIZER_FILES = ("tokenizer", "special", "vocab", "merges", "chat_template")
+
+
+def write(config: LlamaConfig, folder: Path, tokenizer: str | None = None) -> Path:
+    """Random weights of `config`, seeded, as a model folder; they are made on the GPU if there is one.
+
+    With the folder of a `tokenizer` its files are there, too, and the next token's distribution is peaked: of its
+    tokens but the special ones any may come next, so that gates open and no row ends early.
+    """
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if tokenizer is not None:
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(model.config, name, getattr(loaded, name))
+            setattr(model.generation_config, name, getattr(loaded, name))
+        with torch.no_grad():
+            unembedding = model.lm_head.weight
+            unembedding.normal_(0, SIGMA / config.hidden_size**0.5)
+            unembedding[len(loaded) :] = 0
+            unembedding[loaded.all_special_ids] = 0
     model.save_pretrained(folder)
+    for file in Path(tokenizer).iterdir() if tokenizer is not None else ():
+        if file.name.startswith(TOKENIZER_FILES):
+            shutil.copy(file, folder)
     return folder
+
+
+@contextmanager
+def of_shape(model: str, shape: str | None) -> Iterator[str]:
+    """The model's folder, or one of random weights of that `shape` with the model's tokenizer, while it is used."""
+    if shape is None:
+        yield model
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield str(write(SHAPES[shape], Path(folder) / shape, model))

@@ -8,7 +8,7 @@ from agd_vllm.attribution.rules import RULES
 from agd_vllm.kernels import paged_attention
 from agd_vllm.kernels.paged_attention import PagedBatch, PagedLayer
 
-MAX_POSITIONS = 512
+MAX_POSITIONS = 4096
 F32, BF16 = torch.float32, torch.bfloat16
 
 
@@ -94,3 +94,18 @@ def make_case(
     qkv = torch.randn(2 * rows, (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim).mul(2).to(dtype)
     qkv.view(2, rows, -1)[:, rows - padding :] = float("nan")
     return Case(layer, PagedBatch(table, lengths, counts, slots, positions, parts), cache, qkv)
+
+
+def gpu_batch(case: Case):
+    """The same batch as the kernels of a GPU take it; sequences of one token come first in it."""
+    from agd_vllm.kernels.paged_attention_gpu import GpuBatch
+
+    batch, rows = case.batch, len(case.batch.slots)
+    counts = batch.counts.tolist()
+    sets, set_of = torch.zeros(1, 2, case.layer.num_heads), torch.full((rows,), -1, dtype=torch.int32)
+    if batch.heads is not None:
+        sets, set_of = batch.heads.transpose(0, 1).contiguous(), torch.arange(rows, dtype=torch.int32)
+    starts = torch.tensor([0, *batch.counts.cumsum(0).tolist()], dtype=torch.int32)
+    ends = (batch.lengths + batch.counts).int()
+    singles = next((i for i, count in enumerate(counts) if count > 1), len(counts))
+    return GpuBatch(batch.block_table, starts, ends, batch.slots, batch.positions, sets, set_of, singles)

@@ -2,18 +2,23 @@
 
 import sys
 from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import stream_checks as checks
 import torch
+import torch.nn.functional as F
 from cached_batch import batch, copies, same_caches
+from paged_cases import gpu_batch, make_case, make_layer
 
 from agd_vllm.attribution.forward import ForwardScorer
 from agd_vllm.attribution.rules import ACTIVATIONS, RULES
 from agd_vllm.attribution.sequence_attention import SequenceAttention
 from agd_vllm.engine.gate_reports import CopyFromGPU
-from agd_vllm.kernels import dual_attention, streams_triton, tilings, triton_support
+from agd_vllm.inline import paged_twin
+from agd_vllm.kernels import dual_attention, paged_attention_gpu, streams_triton, tilings, triton_support
 from agd_vllm.kernels.gate import gate, gate_twin
 from agd_vllm.records import Roi, ScoreRequest, Span
 
@@ -75,6 +80,61 @@ def test_attention_equals_its_twin(rule, window, head_dim):
     theirs = SequenceAttention(twins, RULES[rule])(1, queries, keys, values, window)
     torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=2**-6 * float(theirs.abs().max()))
     assert same_caches(segments, twins)
+
+
+def on_gpu(value):
+    """A batch or a layer with its tensors on the GPU."""
+    moved = {field.name: getattr(value, field.name) for field in fields(value)}
+    return replace(value, **{name: t.to(CUDA) for name, t in moved.items() if isinstance(t, torch.Tensor)})
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("rule", list(RULES))
+def test_attention_in_pages_equals_its_twin(rule, window, head_dim):
+    """Decode, chunks and a long prompt in one batch, with norms and heads of the region."""
+    torch.manual_seed(head_dim)
+    sequences = [(2000, 1), (5, 1), (900, 1), (900, 33), (0, 700)]
+    layer = make_layer(rule, 2, 4, head_dim, window, norms=True)
+    case = make_case(layer, sequences, dtype=torch.bfloat16, heads=True)
+    theirs, twin = case.attend(paged_twin.attend)
+    cache = case.cache.to(CUDA)
+    with no_waiting():
+        ours = paged_attention_gpu.attend(on_gpu(layer), on_gpu(gpu_batch(case)), 1, cache, case.qkv.to(CUDA))
+    for one, other, bound in ((ours, theirs, 2**-5), (cache, twin, 2**-7)):
+        largest = bound * float(other.float().nan_to_num().abs().max())
+        torch.testing.assert_close(one.cpu().float(), other.float(), rtol=bound, atol=largest, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_attention_of_decoding_is_the_same_captured(rows):
+    """A graph of one batch, replayed over other lengths, blocks and rows of padding."""
+    torch.manual_seed(rows)
+    layer = make_layer(kv_heads=2, group=4, head_dim=128)
+    on_card, table_width, held = on_gpu(layer), 64, None
+    for turn in range(3):
+        lengths = torch.randint(0, 900, (rows,)).tolist()
+        case = make_case(layer, [(length, 1) for length in lengths], dtype=torch.bfloat16, heads=True)
+        batch = gpu_batch(case)
+        batch = replace(batch, block_table=F.pad(batch.block_table, (0, table_width))[:, :table_width].contiguous())
+        blocks = rows * table_width
+        cache = torch.cat((case.cache, case.cache.new_zeros(blocks - len(case.cache), *case.cache.shape[1:])))
+        if held is None:
+            held = on_gpu(batch), cache.to(CUDA), case.qkv.to(CUDA)
+            call = partial(paged_attention_gpu.attend, on_card, held[0], 1, held[1], held[2])
+            call()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = call()
+        for field in fields(batch):
+            if isinstance(tensor := getattr(batch, field.name), torch.Tensor):
+                getattr(held[0], field.name).copy_(tensor)
+        held[1].copy_(cache)
+        held[2].copy_(case.qkv)
+        graph.replay()
+        captured = out.clone()
+        held[1].copy_(cache)
+        assert torch.equal(captured, call()), turn
 
 
 @pytest.mark.parametrize("rule", list(RULES))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_cases import BF16, F32, make_case, make_layer
+from paged_cases import BF16, F32, gpu_batch, make_case, make_layer
 
 from agd_vllm.attribution.rules import RULES
 from agd_vllm.inline import paged_twin
@@ -24,22 +24,9 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tilings, "DECODE", (Tiling(16, 16, 4, 1),))
 
 
-def on_gpu(case) -> GpuBatch:
-    """The same batch; sequences of one token come first in it."""
-    batch, rows = case.batch, len(case.batch.slots)
-    counts = batch.counts.tolist()
-    sets, set_of = torch.zeros(1, 2, case.layer.num_heads), torch.full((rows,), -1, dtype=torch.int32)
-    if batch.heads is not None:
-        sets, set_of = batch.heads.transpose(0, 1).contiguous(), torch.arange(rows, dtype=torch.int32)
-    starts = torch.tensor([0, *batch.counts.cumsum(0).tolist()], dtype=torch.int32)
-    ends = (batch.lengths + batch.counts).int()
-    singles = next((i for i, count in enumerate(counts) if count > 1), len(counts))
-    return GpuBatch(batch.block_table, starts, ends, batch.slots, batch.positions, sets, set_of, singles)
-
-
 def assert_as_twin(case, tolerance=1e-5, cache_tolerance=1e-5) -> None:
     theirs, twin = case.attend(paged_twin.attend)
-    ours, cache = replace(case, batch=on_gpu(case)).attend(paged_attention_gpu.attend)
+    ours, cache = replace(case, batch=gpu_batch(case)).attend(paged_attention_gpu.attend)
     for one, other, bound in ((ours, theirs, tolerance), (cache, twin, cache_tolerance)):
         largest = bound * float(other.float().nan_to_num().abs().max())
         torch.testing.assert_close(one.float(), other.float(), rtol=bound, atol=largest, equal_nan=True)
@@ -100,7 +87,7 @@ def test_rows_of_padding_are_0_and_write_nowhere(monkeypatch, splits):
     torch.manual_seed(0)
     case = make_case(make_layer(group=2, head_dim=16), [(90, 1), (20, 1)], padding=2, heads=True)
     theirs, twin = case.attend(paged_twin.attend)
-    batch = on_gpu(case)
+    batch = gpu_batch(case)
     padded = replace(
         batch,
         # What stands there is another batch's.
@@ -128,7 +115,7 @@ def test_what_is_launched_does_not_depend_on_lengths(monkeypatch, splits):
         torch.manual_seed(sum(lengths))
         case = make_case(layer, [(length, 1) for length in lengths], heads=True)
         theirs, _ = case.attend(paged_twin.attend)
-        batch = on_gpu(case)
+        batch = gpu_batch(case)
         batch = replace(batch, block_table=torch.nn.functional.pad(batch.block_table, (0, 9))[:, :10].contiguous())
         cache = torch.nn.functional.pad(case.cache, (0, 0) * 4 + (0, 30 - len(case.cache)))
         if held is None:
@@ -172,5 +159,5 @@ def test_what_is_not_a_number_stays_visible(bad):
     torch.manual_seed(0)
     case = make_case(make_layer(), [(20, 1), (20, 1)], dtype=F32)
     case.cache[int(case.batch.block_table[0, 0]), 0, 0, 3] = bad
-    out = replace(case, batch=on_gpu(case)).attend(paged_attention_gpu.attend)[0].view(2, 2, -1)
+    out = replace(case, batch=gpu_batch(case)).attend(paged_attention_gpu.attend)[0].view(2, 2, -1)
     assert out[:, 0].isnan().any() and out[:, 1].isfinite().all()
