@@ -38,6 +38,7 @@ def _rows(at, seen, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 def _over_keys(
     first,
     last,
+    oldest,
     position,
     window,
     q,
@@ -62,12 +63,13 @@ def _over_keys(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Carries the sums of a tile's queries over the keys [first, last). MASKED: not every query sees all of them."""
+    """Carries the sums of a tile's queries over the keys [first, last), of which those before `oldest` may be of pages
+    that are another's by now. MASKED: not every query sees all of them."""
     ROWS: tl.constexpr = q.shape[0]
     nothing = tl.zeros([ROWS, KEYS], tl.float32)
     for start in range(first, last, KEYS):
         at = start + tl.arange(0, KEYS)
-        known = at < last
+        known = (at < last) & (at >= oldest)
         if MASKED:
             block = tl.load(pages + at // SIZE, mask=known, other=0).to(tl.int64)
         else:
@@ -199,19 +201,20 @@ def attend(
         sum_v = tl.zeros([ROWS, BLOCK_D], tl.float32)
         sum_t = tl.zeros([ROWS, BLOCK_D], tl.float32)
         # Whole blocks of keys for each split; what the first query sees is seen by all, but for a window.
-        nearest = tl.maximum(lowest + 1 - window, 0) // KEYS * KEYS
+        oldest = tl.maximum(lowest + 1 - window, 0)
+        nearest = oldest // KEYS * KEYS
         share = tl.cdiv(tl.cdiv(end - nearest, KEYS), tl.num_programs(2)) * KEYS
         first = nearest + split * share
         last = tl.minimum(first + share, end)
         if not WINDOW:
             whole = tl.minimum(last, (lowest + 1) // KEYS * KEYS)
             m, total, total_c, sum_v, sum_t = _over_keys(
-                first, whole, position, window, q, q_tangent, cache, pages, of_block, of_plane, of_token, ratio,
+                first, whole, oldest, position, window, q, q_tangent, cache, pages, of_block, of_plane, of_token, ratio,
                 m, total, total_c, sum_v, sum_t, False, STREAMS, SIZE, KEYS, INTERPRETED, TYPE, D, BLOCK_D,
             )  # fmt: skip
             first = tl.maximum(first, whole)
         m, total, total_c, sum_v, sum_t = _over_keys(
-            first, last, position, window, q, q_tangent, cache, pages, of_block, of_plane, of_token, ratio,
+            first, last, oldest, position, window, q, q_tangent, cache, pages, of_block, of_plane, of_token, ratio,
             m, total, total_c, sum_v, sum_t, True, STREAMS, SIZE, KEYS, INTERPRETED, TYPE, D, BLOCK_D,
         )  # fmt: skip
 

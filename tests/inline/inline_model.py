@@ -21,7 +21,7 @@ from agd_vllm.inline import engine_args
 from agd_vllm.inline.attention import DualAttention, DualMetadata
 from agd_vllm.inline.params import inline_params_of
 from agd_vllm.inline.runner_v1 import InlineRow
-from agd_vllm.records import Roi
+from agd_vllm.records import Roi, Span
 
 BLOCK = 16
 
@@ -106,10 +106,13 @@ class InlineModel:
     def _enter(self, sequences: Sequence[tuple[list[int], Roi]]) -> None:
         tokens = [len(tokens) for tokens, _ in sequences]
         self._runner.allocate(len(sequences), sum(tokens), max(tokens), torch.device("cpu"))
-        for row, (count, (_, roi)) in enumerate(zip(tokens, sequences, strict=True)):
-            params = inline_params_of(roi, 0, self._rule, 0.0, 5, 0.0) if roi else None
-            self._runner.enter(row, params, count)
-        self._runner.apply_staged_writes()
+        former = Roi((Span(0, max(tokens), -3.0),), ((0, 0),))
+        # Each row's slot was another's before, with weights up to the last position.
+        for rois in ([former] * len(tokens), [roi for _, roi in sequences]):
+            for row, (count, roi) in enumerate(zip(tokens, rois, strict=True)):
+                params = inline_params_of(roi, 0, self._rule, 0.0, 5, 0.0) if roi else None
+                self._runner.enter(row, params, max(tokens) if roi is former else count)
+            self._runner.apply_staged_writes()
 
     def _row(self, tokens: list[int], roi: Roi) -> InlineRow:
         return InlineRow.of(inline_params_of(roi, 0, self._rule, 0.0, 5, 0.0), len(tokens), [])
