@@ -6,7 +6,8 @@
 process. `agd`: this project with its defaults. They are loaded side by side and take turns, so that a change in the
 machine's speed meets both; medians of `--runs` turns after a warm-up. Every turn has `--limit` rows of its own, the
 same for both: no cache has seen them. With `--scorer inline` the pool, whose cores it needs, makes room for inline
-attribution, which takes turns with greedy in its place.
+attribution, which takes turns with greedy in its place. With `--shape` the weights are random ones of that shape, the
+tokenizer is the model's.
 `paper`: the paper's loop (benchmarks/paper.py) once and before the others, whose memory it may need, on as many rows of
 one more turn as end within `--paper-seconds`; AGD's own figure for the ratio is taken on those same rows, which it has
 not seen either.
@@ -31,6 +32,7 @@ import torch
 from agd_vllm import Decoder
 from agd_vllm.input.reader import read_rows
 from agd_vllm.records import DecodedRow, InputRow
+from benchmarks import random_model
 from benchmarks.machine import write_result
 from benchmarks.plain import PlainVLLM, side_by_side
 from benchmarks.processes import OVERHEAD, cpu_seconds
@@ -119,6 +121,7 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
 @click.command(help=__doc__)
 @click.option("--model", required=True)
 @click.option("--input", "input_path", required=True)
+@click.option("--shape", type=click.Choice(list(random_model.SHAPES)), help="Random weights in place of the model's.")
 @click.option("--limit", type=int, default=32, show_default=True)
 @click.option("--max-tokens", type=int, default=128, show_default=True)
 @click.option("--tau", type=float, default=1.734, show_default=True)
@@ -137,6 +140,7 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
 def main(
     model,
     input_path,
+    shape,
     limit,
     max_tokens,
     tau,
@@ -149,6 +153,7 @@ def main(
     output,
     **decoder_options,
 ):
+    path = click.get_current_context().with_resource(random_model.of_shape(model, shape))
     sides = 2 if scorer == "inline" else 1
     *turns, papers = rows_of_turns(input_path, limit, max_tokens, sides * (runs + 1) + 1)
     result: dict[str, Any] = {"rows": limit, "max_tokens": max_tokens, **decoder_options}
@@ -161,19 +166,19 @@ def main(
     cores = sorted(os.sched_getaffinity(0))[:greedy_cores] if device == "cpu" else None
     paper_runs = []
     common = {"tau": tau, "dtype": dtype, "max_model_len": MAX_MODEL_LEN}
-    decoder = Decoder(model, engine_args=agd_args, **common, **decoder_options)
+    decoder = Decoder(path, engine_args=agd_args, **common, **decoder_options)
     if paper_seconds:
         paper_runs = run_paper(decoder, papers, dtype, paper_seconds)
         if not paper_runs:
             raise click.ClickException("the paper's loop ended no row in time; raise --paper-seconds")
     own_process = device == "cuda"
-    with PlainVLLM(model, cores, own_process, dtype=dtype, max_model_len=MAX_MODEL_LEN, **greedy_args) as plain:
+    with PlainVLLM(path, cores, own_process, dtype=dtype, max_model_len=MAX_MODEL_LEN, **greedy_args) as plain:
         with decoder:
             agd_runs, greedy_runs = take_turns(decoder, plain, turns[: runs + 1])
             if paper_runs:
                 _, agd_there = decode(decoder, papers[: len(paper_runs)], plain)
         if scorer == "inline":
-            with Decoder(model, scorer="inline", engines=decoder_options["engines"], **common) as beside:
+            with Decoder(path, scorer="inline", engines=decoder_options["engines"], **common) as beside:
                 inline_runs, greedy_beside = take_turns(beside, plain, turns[runs + 1 :])
             for run in inline_runs:
                 # The engine is stepped in its actor: what else that does cannot be told from it.
@@ -200,7 +205,7 @@ def main(
         result["tokens_per_second"] |= {"paper": paper, "agd_on_the_papers_rows": there}
         result["agd_over_paper"] = there / paper
         result["paper_rows"] = len(paper_runs)
-    result |= {"dtype": dtype, "attribution_dtype": dtype, "model": os.path.basename(model.rstrip("/"))}
+    result |= {"dtype": dtype, "attribution_dtype": dtype, "model": shape or os.path.basename(model.rstrip("/"))}
     write_result(output, result)
     shown = (
         "tokens_per_second",

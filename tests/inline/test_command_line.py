@@ -57,21 +57,24 @@ def test_the_header_says_which_scorer_runs_and_no_worker_does(inline):
     assert summary["guided_steps"] == len(steps) == sum(row["num_guided"] for row in rows.values()) > 60
 
 
-def test_a_script_of_ones_own_gives_the_command_lines_tokens(inline, smollm2, tmp_path):
+@pytest.mark.parametrize(
+    ("count", "runner"), [(6, {}), pytest.param(2, RUNNER_V2, marks=pytest.mark.long)], ids=["v1", "v2"]
+)
+def test_a_script_of_ones_own_gives_the_command_lines_tokens(inline, smollm2, tmp_path, count, runner):
     """Two regions over the same prompts, in one batch, with the prefix cache on."""
     folder, _ = inline
     rows, _ = decoded(folder / "out")
-    asked = conversations(6)
+    asked = conversations(count)
     job = {"model": str(smollm2), "rows": asked, "output": str(tmp_path / "tokens.json")}
     command = [sys.executable, str(CHECKOUT / "tests/inline/script.py")]
-    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": str(CHECKOUT)}
+    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": str(CHECKOUT)} | runner
     done = subprocess.run(command, input=json.dumps(job), env=environment, text=True, capture_output=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     answers = json.loads((tmp_path / "tokens.json").read_text())
     for row, (token_ids, text) in zip(asked, answers, strict=True):
         assert token_ids == rows[row["id"]]["token_ids"]
         assert text == rows[row["id"]]["text"]
-    halves = answers[:6], answers[6:]
+    halves = answers[:count], answers[count:]
     assert any(one[0] != other[0] for one, other in zip(*halves, strict=True)), "the regions make no difference"
 
 
