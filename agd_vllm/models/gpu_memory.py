@@ -10,7 +10,7 @@ GIB = 1 << 30
 PROCESS_BYTES = GIB // 2
 # Streams of a guided step: values and one tangent.
 STREAMS = 2
-# A worker's tangent cache is what its share leaves, less what buffers that come and go cannot use; at least so much.
+# A worker's tangent cache is what its share leaves, less what comes and goes beside it; at least so much.
 CACHE_PART, LEAST_CACHE_BYTES = 0.9, GIB
 
 
