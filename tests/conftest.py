@@ -27,6 +27,13 @@ DEMO_ROWS = CHECKOUT / "examples/demo.jsonl"
 # Small and quick to start: no compilation, a cache for a few dozen short rows.
 ENGINE_ARGS = {"enforce_eager": True, "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 29, "max_num_seqs": 32}
 
+# For a process that decodes with Model Runner V2, which GPUs have, its kernels interpreted.
+RUNNER_V2 = {
+    "PYTHONPATH": os.pathsep.join(map(str, (CHECKOUT, CHECKOUT / "tests/runner_v2/site"))),
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+}
+
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:

@@ -31,6 +31,7 @@ OF_THE_WINGS_BELOW = {
         "agd_vllm.attribution.rules",
         "agd_vllm.engine.batch_rows",
         "agd_vllm.engine.channel",
+        "agd_vllm.engine.gate_reports",
         "agd_vllm.engine.last_words",
         "agd_vllm.engine.orphans",
     }

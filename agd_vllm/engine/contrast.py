@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import msgspec
 import torch
-from vllm import SamplingParams
-from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
-from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from agd_vllm.engine.batch_rows import BatchRow, checked_params, new_row
 from agd_vllm.engine.channel import SOCKET_VARIABLE, Choice, GateSender
+from agd_vllm.engine.row_processor import Row, RowProcessor
 
 EXTRA_ARG = "agd_contrast"
 
@@ -55,45 +51,34 @@ class _Kept(NamedTuple):
 Side = tuple[int, bool]  # slot, with the region
 
 
-class ContrastProcessor(LogitsProcessor):
-    """Model Runner V1 interface. Must never raise in `apply`: parameters are checked in `validate_params`.
+class Contrast:
+    """Over the rows of one batch after another, which `process` gets."""
 
-    Every tensor-parallel rank has the same batch and the same logits, and so decides alike; one reports.
-    """
+    extra_arg, kind = EXTRA_ARG, ContrastParams
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
-        self._rows: dict[int, BatchRow] = {}
+    def __init__(self, device: torch.device, reports: bool):
+        self._rows: Mapping[int, Row] = {}
         self._indices: dict[Side, int] = {}
         self._kept: dict[Side, _Kept] = {}
         self._device = device
-        self._sender = GateSender(os.environ[SOCKET_VARIABLE]) if get_tensor_model_parallel_rank() == 0 else None
+        self._sender = GateSender(os.environ[SOCKET_VARIABLE]) if reports else None
 
-    @classmethod
-    def validate_params(cls, sampling_params: SamplingParams) -> None:
-        params = checked_params(sampling_params, EXTRA_ARG, ContrastParams)
-        if params is not None and not (params.alpha >= 0 and math.isfinite(params.alpha)):
+    @staticmethod
+    def check(params: ContrastParams) -> None:
+        if not (params.alpha >= 0 and math.isfinite(params.alpha)):
             raise ValueError("a contrast needs a finite alpha >= 0")
 
-    def is_argmax_invariant(self) -> bool:
-        return False
-
-    def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """vLLM calls this before every forward pass."""
-        if process_dict_updates(self._rows, batch_update, new_row(EXTRA_ARG, ContrastParams)):
-            self._indices = {(row.params.slot, row.params.with_region): index for index, row in self._rows.items()}
-
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """`logits` [batch, vocab], changed in place: the contrast in both rows of a pair in step, else PAUSE."""
-        if not self._rows:
-            return logits
+    def process(self, logits: torch.Tensor, rows: Mapping[int, Row]) -> None:
+        """The contrast in both rows of a pair in step, else PAUSE."""
+        self._rows = rows
+        self._indices = {(row.params.slot, row.params.with_region): index for index, row in rows.items()}
         together = [pair for slot, with_region in self._indices if with_region and (pair := self._in_step(slot))]
         if together:
             self._write_contrasts(logits, together)
         in_step = {index for pair in together for index in pair}
-        choices = self._pause(logits, [index for index in self._rows if index not in in_step])
+        choices = self._pause(logits, [index for index in rows if index not in in_step])
         if self._sender is not None:
             self._sender.send_choices(choices)
-        return logits
 
     def _in_step(self, slot: int) -> tuple[int, int] | None:
         """Both rows of a pair, with the region first, where what they sample is heeded."""
@@ -101,8 +86,8 @@ class ContrastProcessor(LogitsProcessor):
         if None in pair:
             return None
         one, other = (self._rows[index] for index in pair)
-        later = one.step() > one.params.first_step
-        return pair if later and one.params.key == other.params.key and one.step() == other.step() else None
+        later = one.step > one.params.first_step
+        return pair if later and one.params.key == other.params.key and one.step == other.step else None
 
     def _write_contrasts(self, logits: torch.Tensor, pairs: list[tuple[int, int]]) -> None:
         params = [self._rows[one].params for one, _ in pairs]
@@ -121,7 +106,7 @@ class ContrastProcessor(LogitsProcessor):
         for index in indices:
             row = self._rows[index]
             params = row.params
-            self._kept[params.slot, params.with_region] = _Kept(params.key, row.step(), logits[index].clone())
+            self._kept[params.slot, params.with_region] = _Kept(params.key, row.step, logits[index].clone())
             logits[index, params.pause_id] = torch.finfo(logits.dtype).max
         slots = {self._rows[index].params.slot: self._rows[index].params for index in indices}
         return [choice for params in slots.values() if (choice := self._choice(params))]
@@ -145,3 +130,7 @@ def contrast(
     masked = with_region.isneginf() | without.isneginf()
     contrasts = (1 + alpha[:, None]) * with_region - alpha[:, None] * without
     return contrasts.masked_fill_(masked, float("-inf")).scatter_(1, pause[:, None], float("-inf"))
+
+
+class ContrastProcessor(RowProcessor):
+    work = Contrast

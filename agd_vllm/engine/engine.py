@@ -27,7 +27,7 @@ from agd_vllm.trace import Tracer
 CPU_MEMORY_SHARE = 1 / 8
 # With something to run, an engine that gives no token at all for so long hangs.
 SILENCE_S = 900.0
-# The gate by vLLM's interface: Model Runner V2, or V1. What else a strategy may ask for, Model Runner V1 only.
+# The gate by vLLM's interface: Model Runner V2, or V1. What else a strategy may ask for serves both.
 GATE_PROCESSORS = {
     True: "agd_vllm.engine.gate_v2:GateProcessorV2",
     False: "agd_vllm.engine.gate_v1:GateProcessorV1",
@@ -52,8 +52,9 @@ class EngineSettings:
     `cores`: the CPU cores that vLLM's threads are bound to (CPU only; None leaves it to vLLM). `deadline_s`: a session
     that gives no token for so long, while others do, is opened anew; it must bear the prefill of many long prompts.
     `plain`: rows are plain requests, which never pause; no gate is installed then. `processors`: logits processors
-    beside the gate, of Model Runner V1 (where `plain`: of both). `repetition_penalty` as in vLLM's SamplingParams, of
-    prompt and output, for rows without gate and contrast.
+    beside the gate. `repetition_penalty` as in vLLM's SamplingParams, of
+    prompt and output, for rows without gate and contrast. `kv_planes`: vectors of each head that the KV cache has for a
+    token, more than keys and values where tangents are beside them.
     """
 
     dtype: str = "auto"
@@ -64,6 +65,7 @@ class EngineSettings:
     processors: tuple[str, ...] = ()
     plain: bool = False
     repetition_penalty: float = 1.0
+    kv_planes: int = 2
     cores: list[int] | None = None
     engine_args: dict[str, Any] = field(default_factory=dict)
 
@@ -85,7 +87,7 @@ class Engine:
         self._receiver = GateReceiver(self._trace_step)
         asyncio.get_running_loop().add_reader(self._receiver.fileno(), self._receiver.drain)
         engine_args = self._engine_args()
-        set_environment(self._settings.cores, self._of_v1, engine_args["dtype"])
+        set_environment(self._settings.cores, engine_args["dtype"])
         if self._tracer.enabled:
             os.environ[TRACE_VARIABLE] = "1"
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -99,7 +101,7 @@ class Engine:
             config = args.create_engine_config(UsageContext.LLM_CLASS)
         self._fit_model_runner(config)
         if not on_cpu():
-            check_gpu(config)
+            check_gpu(config, self._settings.kv_planes)
         if stepped:
             from agd_vllm.engine.stepped import SteppedLLM
 
@@ -116,16 +118,9 @@ class Engine:
         )
         self._pair_slots = list(range(self.max_sessions // 2))
 
-    @property
-    def _of_v1(self) -> bool:
-        """Whether there are processors of Model Runner V1."""
-        return bool(self._settings.processors) and not self._settings.plain
-
     def _fit_model_runner(self, config: Any) -> None:
         """Installs the processors for the model runner that vLLM takes, which depends on all of its configuration."""
         v2, processors = config.use_v2_model_runner, self._settings.processors
-        if v2 and self._of_v1:
-            raise ValueError("VLLM_USE_V2_MODEL_RUNNER=1: this strategy needs Model Runner V1; leave it out")
         if config.scheduler_config.async_scheduling and not v2:
             raise ValueError("--engine-arg async_scheduling: only with vLLM's Model Runner V2; leave it out")
         config.model_config.logits_processors = [*(() if self._settings.plain else (GATE_PROCESSORS[v2],)), *processors]
@@ -158,8 +153,8 @@ class Engine:
             # Nothing pauses.
             del args["async_scheduling"]
         args |= settings.engine_args
-        if self._of_v1:
-            # They count a row's tokens in Model Runner V1's lists, which run ahead with it.
+        if settings.processors and not settings.plain:
+            # A pair of rows is resumed together: with it one of them would run ahead.
             args["async_scheduling"] = False
         return args
 

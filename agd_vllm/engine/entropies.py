@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import msgspec
 import torch
-from vllm import SamplingParams
-from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
-from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from agd_vllm.engine.batch_rows import BatchRow, checked_params, new_row
 from agd_vllm.engine.channel import SOCKET_VARIABLE, GateSender
+from agd_vllm.engine.row_processor import Row, RowProcessor
 from agd_vllm.kernels.gate import entropy_and_log_sum_exp
 
 EXTRA_ARG = "agd_entropies"
@@ -32,30 +28,25 @@ class EntropyParams(msgspec.Struct, frozen=True):
         return {EXTRA_ARG: msgspec.to_builtins(self)}
 
 
-class EntropyProcessor(LogitsProcessor):
-    """Model Runner V1 interface. Reports by (key, step): an unfinished chunked prefill reports its row's step, too."""
+class Entropies:
+    """Reports by (key, step): an unfinished chunked prefill reports its row's step, too."""
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
-        self._rows: dict[int, BatchRow] = {}
+    extra_arg, kind = EXTRA_ARG, EntropyParams
+
+    def __init__(self, device: torch.device, reports: bool):
         self._device = device
-        self._sender = GateSender(os.environ[SOCKET_VARIABLE]) if get_tensor_model_parallel_rank() == 0 else None
+        self._sender = GateSender(os.environ[SOCKET_VARIABLE]) if reports else None
 
-    @classmethod
-    def validate_params(cls, sampling_params: SamplingParams) -> None:
-        checked_params(sampling_params, EXTRA_ARG, EntropyParams)
+    @staticmethod
+    def check(params: EntropyParams) -> None:
+        """All are served."""
 
-    def is_argmax_invariant(self) -> bool:
-        # It changes no logits, but vLLM leaves out invariant processors where all rows are greedy.
-        return False
+    def process(self, logits: torch.Tensor, rows: Mapping[int, Row]) -> None:
+        if self._sender is not None:
+            entropies, _ = entropy_and_log_sum_exp(logits[torch.tensor(list(rows), device=self._device)])
+            pairs = zip(rows.values(), entropies.tolist(), strict=True)
+            self._sender.send_entropies([(row.params.key, row.step, entropy) for row, entropy in pairs])
 
-    def update_state(self, batch_update: BatchUpdate | None) -> None:
-        process_dict_updates(self._rows, batch_update, new_row(EXTRA_ARG, EntropyParams))
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """`logits` [batch, vocab], unchanged."""
-        if self._rows and self._sender is not None:
-            index = torch.tensor(list(self._rows), device=self._device)
-            entropies, _ = entropy_and_log_sum_exp(logits[index])
-            rows = zip(self._rows.values(), entropies.tolist(), strict=True)
-            self._sender.send_entropies([(row.params.key, row.step(), entropy) for row, entropy in rows])
-        return logits
+class EntropyProcessor(RowProcessor):
+    work = Entropies

@@ -25,11 +25,11 @@ def runs_v1() -> bool:
     return on_cpu() and os.environ.get(RUNNER) != "1"
 
 
-def set_environment(cores: list[int] | None, processors_of_v1: bool, dtype: str) -> None:
+def set_environment(cores: list[int] | None, dtype: str) -> None:
     """vLLM reads these when it is imported or when its worker starts; what the user has set wins. `cores`: those of its
     threads, None leaves them to vLLM. `dtype`: as vLLM's argument."""
-    if on_cpu() or processors_of_v1:
-        # Model Runner V2 needs a GPU's Triton, and takes no processors of V1.
+    if on_cpu():
+        # Model Runner V2 needs a GPU's Triton.
         os.environ.setdefault(RUNNER, "0")
     if dtype in FLOAT32 and not on_cpu():
         # vLLM's attention for float32 is Triton's, whose products name no precision: TF32 unless told otherwise.

@@ -29,6 +29,7 @@ class SteppedLLM:
     """
 
     def __init__(self, config: Any, cores: list[int] | None):
+        self.vllm_config = config
         self._loop = asyncio.get_running_loop()
         self._calls: queue.SimpleQueue = queue.SimpleQueue()
         self._outputs: dict[str, asyncio.Queue] = {}

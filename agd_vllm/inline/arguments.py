@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from agd_vllm.attribution.rules import RULES
 from agd_vllm.kernels import triton_support
 from agd_vllm.models.architectures import check_supported
 
@@ -102,6 +103,11 @@ def _check_gpu(dtype: str, own: str, config: Any) -> None:
 def rule_name(vllm_config: Any) -> str:
     """The rule that an engine was started with."""
     return vllm_config.additional_config[CONFIG]["rule"]
+
+
+def cache_planes(rule: str) -> int:
+    """Vectors of each head that the KV cache has for a token: k, k', v, v'; k, v, v' where scores have no tangent."""
+    return 4 if RULES[rule].scores else 3
 
 
 def check_arguments(dtype: str, given: dict[str, Any]) -> None:

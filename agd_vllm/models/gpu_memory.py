@@ -10,6 +10,8 @@ GIB = 1 << 30
 PROCESS_BYTES = GIB // 2
 # Streams of a guided step: values and one tangent.
 STREAMS = 2
+# Vectors of a head that a KV cache has for each token.
+KEYS_AND_VALUES = 2
 # A worker's tangent cache is what its share leaves, less what comes and goes beside it; at least so much.
 CACHE_PART, LEAST_CACHE_BYTES = 0.9, GIB
 
@@ -32,11 +34,14 @@ def worker_needs(config: PretrainedConfig, dtype: torch.dtype, pass_tokens: int)
     }
 
 
-def engine_needs(config: PretrainedConfig, dtype: torch.dtype, max_model_len: int, gpus: int) -> dict[str, int]:
-    """Bytes of an engine on each of its `gpus`: the KV cache of one row of `max_model_len` tokens, at least."""
+def engine_needs(
+    config: PretrainedConfig, dtype: torch.dtype, max_model_len: int, gpus: int, planes: int = KEYS_AND_VALUES
+) -> dict[str, int]:
+    """Bytes of an engine on each of its `gpus`: the KV cache of one row of `max_model_len` tokens, at least; `planes`
+    vectors of each of a token's heads are in it."""
     text = config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * dtype.itemsize
+    per_token = planes * text.num_hidden_layers * text.num_key_value_heads * head_dim * dtype.itemsize
     return {
         "weights": weight_bytes(config, dtype) // gpus,
         f"KV cache of one row of {max_model_len} tokens": max_model_len * per_token // gpus,

@@ -119,6 +119,7 @@ class Decoder:
             | {key: value for key, value in options.engine_args.items() if key != "revision"},
             processors=self._strategy.processors,
             plain=self._strategy.inline,
+            kv_planes=self._strategy.kv_planes,
             repetition_penalty=options.repetition_penalty,
         )
         gate = GateSettings(options.tau, options.top_k, options.min_prob)

@@ -13,8 +13,10 @@ from agd_vllm.engine.arguments import OWN
 from agd_vllm.engine.engine import CONTRAST_PROCESSOR, ENTROPY_PROCESSOR
 from agd_vllm.engine.events import Finished
 from agd_vllm.inline.arguments import PROCESSOR as INLINE_PROCESSOR
+from agd_vllm.inline.arguments import cache_planes
 from agd_vllm.inline.arguments import check_arguments as check_inline_arguments
 from agd_vllm.inline.arguments import engine_args as inline_engine_args
+from agd_vllm.models.gpu_memory import KEYS_AND_VALUES
 from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.pipeline.row_decoding import RowDecoding
 from agd_vllm.records import Gate, GuidedStep, PreparedRow, Roi, RowRefused
@@ -37,6 +39,11 @@ class Strategy(ABC):
     def processors(self) -> tuple[str, ...]:
         """The logits processors that the engine needs beside the gate."""
         return ()
+
+    @property
+    def kv_planes(self) -> int:
+        """Vectors of each head that the engine's KV cache has for a token: keys and values."""
+        return KEYS_AND_VALUES
 
     def engine_args(self, model: ModelInfo, dtype: str, given: dict[str, Any]) -> dict[str, Any]:
         """vLLM's engine arguments that it needs, beside the `given` ones.
@@ -154,6 +161,10 @@ class InlineAgd(Strategy):
     @property
     def processors(self) -> tuple[str, ...]:
         return (INLINE_PROCESSOR,)
+
+    @property
+    def kv_planes(self) -> int:
+        return cache_planes(self.rule)
 
     def engine_args(self, model: ModelInfo, dtype: str, given: dict[str, Any]) -> dict[str, Any]:
         check_inline_arguments(dtype, given)

@@ -1,15 +1,20 @@
 """The contrast's logits processor in orders of scheduling that no engine can be made to take at will."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
-from agd_vllm.engine import contrast as contrast_module
+from agd_vllm.engine import row_processor
 from agd_vllm.engine.channel import GateReceiver
 from agd_vllm.engine.contrast import EXTRA_ARG, ContrastParams, ContrastProcessor
 
 VOCAB, PAUSE, ALPHA = 12, 11, 0.5
+SLOTS = 8
 FORCED = torch.finfo(torch.float32).max
 
 
@@ -27,11 +32,12 @@ class Sequence:
         self.context, self.output = self.context + self.output + [token_id], []
 
 
-class Batch:
+class BatchV1:
     """Batches of the given sequences, one after another, as vLLM would tell the processor of them."""
 
-    def __init__(self, processor: ContrastProcessor):
-        self._processor, self._size = processor, 0
+    def __init__(self):
+        config = SimpleNamespace(use_v2_model_runner=False)
+        self._processor, self._size = ContrastProcessor(config, torch.device("cpu"), False), 0
 
     def sample(self, *sequences: Sequence | None, logits: torch.Tensor | None = None):
         """Logits before and after the processor; None is a request that has nothing to do with contrasts."""
@@ -39,15 +45,42 @@ class Batch:
             (index, each.params, each.context, each.output) if each else (index, SamplingParams(), [1], [])
             for index, each in enumerate(sequences)
         ]
-        removed = range(len(sequences), self._size)
-        self._processor.update_state(BatchUpdate(len(sequences), list(removed), added, []))
-        self._size = len(sequences)
         before = torch.randn(len(sequences), VOCAB) if logits is None else logits
-        after = self._processor.apply(before.clone())
+        after = self._apply(added, before.clone())
         for each, row in zip(sequences, after, strict=True):
             if each and row.argmax() != PAUSE:
                 each.output.append(int(row.argmax()))
         return before, after
+
+    def _apply(self, added: list[tuple], logits: torch.Tensor) -> torch.Tensor:
+        removed = range(len(added), self._size)
+        self._processor.update_state(BatchUpdate(len(added), list(removed), added, []))
+        self._size = len(added)
+        return self._processor.apply(logits)
+
+    @property
+    def kept(self) -> dict:
+        return self._processor._work._kept
+
+
+class BatchV2(BatchV1):
+    """As vLLM's Model Runner V2 tells of them: by slots, which requests leave and enter again."""
+
+    def __init__(self):
+        self._prefill_lens = np.zeros(SLOTS, dtype=np.int32)
+        self._requests = LogitsProcRequestState(
+            torch.device("cpu"), SLOTS, VOCAB, None, None, SimpleNamespace(np=self._prefill_lens), None
+        )
+        self._processor = ContrastProcessor(SimpleNamespace(use_v2_model_runner=True), self._requests)
+
+    def _apply(self, added: list[tuple], logits: torch.Tensor) -> torch.Tensor:
+        slots = np.arange(len(added))[::-1].copy()
+        seen = np.zeros(len(added), dtype=np.int32)
+        for slot, (index, params, context, output) in zip(slots.tolist(), added, strict=True):
+            self._processor.add_request(slot, params)
+            self._prefill_lens[slot], seen[index] = len(context), len(context) + len(output)
+        context = LogitsContext(*[None] * 2, slots, *[None] * 3, seen)
+        return self._processor.apply(logits, context)
 
 
 @pytest.fixture
@@ -57,14 +90,11 @@ def receiver():
     receiver.close()
 
 
-@pytest.fixture
-def batch(receiver, monkeypatch):
-    monkeypatch.setattr(contrast_module, "get_tensor_model_parallel_rank", lambda: 0)
+@pytest.fixture(params=[BatchV1, BatchV2])
+def batch(request, receiver, monkeypatch):
+    monkeypatch.setattr(row_processor, "get_tensor_model_parallel_rank", lambda: 0)
     torch.manual_seed(0)
-    processor = ContrastProcessor(None, torch.device("cpu"), False)
-    batch = Batch(processor)
-    batch.kept = processor._kept
-    return batch
+    return request.param()
 
 
 def formula(with_region: torch.Tensor, without: torch.Tensor) -> torch.Tensor:

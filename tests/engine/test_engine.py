@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CHECKOUT, Chooser, first_candidate, last_candidate, plain_vllm, prepared_demo_rows
+from conftest import CHECKOUT, RUNNER_V2, Chooser, first_candidate, last_candidate, plain_vllm, prepared_demo_rows
 from runner_v2.decode import outcomes
 
 from agd_vllm.records import PreparedRow, Roi, Span
@@ -200,10 +200,8 @@ def test_model_runner_v2_decodes_alike(engine, smollm2, tmp_path, scheduling, co
         },
         "output": str(tmp_path / "rows.json"),
     }
-    site = str(CHECKOUT / "tests/runner_v2/site")
-    environment = {"PYTHONPATH": site, "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
     command = [sys.executable, str(CHECKOUT / "tests/runner_v2/decode.py")]
-    subprocess.run(command, input=json.dumps(job), text=True, check=True, env=os.environ | environment, timeout=580)
+    subprocess.run(command, input=json.dumps(job), text=True, check=True, env=os.environ | RUNNER_V2, timeout=580)
     result = json.loads((tmp_path / "rows.json").read_text())
     assert (result["v2"], result["async"]) == (True, scheduling == "async")
     expected = outcomes(engine, smollm2, job["count"], job["max_tokens"])

@@ -27,7 +27,7 @@ def test_float32_means_float32_to_triton_on_a_gpu(monkeypatch, dtype, on_cpu, be
         os.environ.pop("TRITON_F32_DEFAULT", None)
         if before is not None:
             os.environ["TRITON_F32_DEFAULT"] = before
-        environment.set_environment(None, False, dtype)
+        environment.set_environment(None, dtype)
         assert triton.knobs.language.fp32_default == expected
     finally:
         os.environ.clear()

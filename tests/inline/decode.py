@@ -1,7 +1,8 @@
 """Rows decoded with inline attribution by an engine of one process, in float32: decode.py < JOB.json
 
 A job has a model, engine_args, an output, and `runs` one after another on one engine: rows and tau, and whether reports
-are `dropped`. Each answers with its rows, faults, and how often vLLM preempted and took tokens from its prefix cache.
+are `dropped`. Each answers with its rows, faults, model runner and scheduling, and how often vLLM preempted and took
+tokens from its prefix cache.
 """
 
 import json
@@ -14,6 +15,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 from conftest import EngineThread
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from agd_vllm.engine import engine as engine_module
 from agd_vllm.engine.channel import GateSender
 from agd_vllm.engine.stepped import SteppedLLM
 from agd_vllm.inline import engine_args
@@ -73,19 +75,23 @@ def outcome(row: DecodedRow | Exception) -> dict[str, Any]:
 def main() -> None:
     job = json.load(sys.stdin)
     spy()
+    # What is counted here happens in this process, with Model Runner V2, too.
+    engine_module.runs_v1 = lambda: True
     args = engine_args(job["model"], job.get("rule", "attnlrp"))
     args = {
         key: args[key]
         for key in ("model_class_overrides", "additional_config", "max_num_batched_tokens", "compilation_config")
     }
     engine = EngineThread(Path(job["model"]), (PROCESSOR,), plain=True, **args | job["engine_args"])
+    config = engine.engine._llm.vllm_config
+    kind = {"v2": config.use_v2_model_runner, "async": config.scheduler_config.async_scheduling}
     results = []
     for run in job["runs"]:
         COUNTS.clear()
         COUNTS["to_drop"] = run.get("dropped", 0)
         strategy = InlineAgd(job.get("rule", "attnlrp"), run["tau"], 5, 0.05)
         rows = engine.decode([prepared(row) for row in run["rows"]], strategy=strategy)
-        results.append({"rows": list(map(outcome, rows)), "faults": dict(engine.faults.counts), **COUNTS})
+        results.append({"rows": list(map(outcome, rows)), "faults": dict(engine.faults.counts), **kind, **COUNTS})
     Path(job["output"]).write_text(json.dumps(results))
     engine.close()
 

@@ -5,6 +5,7 @@ For a process of its own, since vLLM's state is its process's.
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from vllm.model_executor.model_loader import get_model
 from agd_vllm.inline import engine_args
 from agd_vllm.inline.attention import DualAttention, DualMetadata
 from agd_vllm.inline.params import inline_params_of
-from agd_vllm.inline.runner_v1 import InlineRow, RunnerV1
+from agd_vllm.inline.runner_v1 import InlineRow
 from agd_vllm.records import Roi
 
 BLOCK = 16
@@ -33,6 +34,10 @@ class InlineModel:
             **args, skip_tokenizer_init=True, block_size=BLOCK, kv_cache_memory_bytes=1 << 34
         ).create_engine_config()
         self._rule = rule
+        self._v2 = self._config.use_v2_model_runner
+        if self._v2:
+            # Streams, events and pinned memory for where there are none.
+            importlib.import_module("vllm.v1.worker.cpu.shm")
         with set_current_vllm_config(self._config):
             if not torch.distributed.is_initialized():
                 store = Path(tempfile.mkdtemp()) / "store"
@@ -41,7 +46,7 @@ class InlineModel:
             self._model = get_model(vllm_config=self._config)
         context = self._config.compilation_config.static_forward_context
         self._layers = {name: layer for name, layer in context.items() if isinstance(layer, DualAttention)}
-        self._runner = RunnerV1.of(self._config)
+        self._runner = self._model._runner
 
     def scores(
         self, sequences: Sequence[tuple[list[int], Roi]], candidates: Sequence[dict[int, Sequence[int]]], chunk: int
@@ -65,6 +70,8 @@ class InlineModel:
         for i, count in enumerate(blocks):
             table[i, :count], free = free[:count], free[count:]
         self._bind(1 + sum(blocks))
+        if self._v2:
+            self._enter(sequences)
         ends = [0] * len(sequences)
         while open_ := [i for i, (tokens, _) in enumerate(sequences) if ends[i] < len(tokens)]:
             pieces = []
@@ -76,8 +83,12 @@ class InlineModel:
             owner = torch.repeat_interleave(torch.tensor(open_), counts)
             slots = table[owner, positions // BLOCK].long() * BLOCK + positions % BLOCK
             starts = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0))).int()
-            metadata = DualMetadata(table[open_], starts, (lengths + counts).int(), slots, singles=0)
-            self._runner.rows = {row: self._row(*sequences[i]) for row, i in enumerate(open_)}
+            singles = len(open_) if chunk == 1 else 0
+            metadata = DualMetadata(table[open_], starts, (lengths + counts).int(), slots, singles)
+            if self._v2:
+                self._runner.assign(starts, torch.tensor(open_), positions, len(positions))
+            else:
+                self._runner.rows = {row: self._row(*sequences[i]) for row, i in enumerate(open_)}
             with torch.no_grad(), set_forward_context(dict.fromkeys(self._layers, metadata), self._config):
                 hidden = self._model(torch.tensor([token for piece in pieces for token in piece]), positions)
             self._model.compute_logits(hidden[counts.cumsum(0) - 1])
@@ -91,6 +102,14 @@ class InlineModel:
             shape = (num_blocks, spec.num_kv_heads, BLOCK, spec.head_size + spec.head_size_v)
             # What was not written must never be read.
             layer.bind_kv_cache(torch.full(shape, float("nan"), dtype=spec.dtype))
+
+    def _enter(self, sequences: Sequence[tuple[list[int], Roi]]) -> None:
+        tokens = [len(tokens) for tokens, _ in sequences]
+        self._runner.allocate(len(sequences), sum(tokens), max(tokens), torch.device("cpu"))
+        for row, (count, (_, roi)) in enumerate(zip(tokens, sequences, strict=True)):
+            params = inline_params_of(roi, 0, self._rule, 0.0, 5, 0.0) if roi else None
+            self._runner.enter(row, params, count)
+        self._runner.apply_staged_writes()
 
     def _row(self, tokens: list[int], roi: Roi) -> InlineRow:
         return InlineRow.of(inline_params_of(roi, 0, self._rule, 0.0, 5, 0.0), len(tokens), [])

@@ -1,5 +1,7 @@
-"""Scores of vLLM's own model class with tangents: reads {"rule", "output", "compiled", "chunks", "models": {path:
-[request, ...]}} and writes {path: [scores, ...]}, all requests of a chunk size before those of the next."""
+"""Scores of vLLM's own model class with tangents: reads {"rule", "output", "kernels", "chunks", "models": {path:
+[request, ...]}} and writes {path: [scores, ...]}, all requests of a chunk size before those of the next.
+
+`kernels`: "compiled", "none", or "triton", interpreted: those of a GPU (with Model Runner V2)."""
 
 import json
 import sys
@@ -13,8 +15,14 @@ from agd_vllm.kernels import compiled
 
 if __name__ == "__main__":
     job = json.load(sys.stdin)
-    if not job["compiled"]:
+    if job["kernels"] != "compiled":
         compiled.available = lambda: False
+    if job["kernels"] == "triton":
+        from agd_vllm.inline import attention, operations
+        from agd_vllm.kernels import paged_attention_gpu, streams_triton
+
+        attention.kernel = lambda device, head_dim: paged_attention_gpu
+        operations._kernels = lambda device: streams_triton
     torch.set_num_threads(1)  # the models are tiny: a second thread only waits
     answers = {}
     for path, cases in job["models"].items():

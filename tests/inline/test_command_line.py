@@ -8,10 +8,11 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 from chaos import undisturbed, unleash
-from conftest import CHECKOUT, DEMO_ROWS
+from conftest import CHECKOUT, DEMO_ROWS, RUNNER_V2
 
 # A region of its own for the same prompt, last: cached blocks of the one must not serve the other.
 ROLES = ("system", "user")
+GUIDED = ("candidate_ids", "chosen_id", "greedy_id")
 
 
 def run(rows, model, output, *options, **environment):
@@ -74,6 +75,26 @@ def test_a_script_of_ones_own_gives_the_command_lines_tokens(inline, smollm2, tm
     assert any(one[0] != other[0] for one, other in zip(*halves, strict=True)), "the regions make no difference"
 
 
+def test_with_the_model_runner_of_gpus_it_decodes_the_same(inline, smollm2, tmp_path):
+    """Model Runner V2, its kernels interpreted, the engine in processes of its own, scheduling asynchronous."""
+    folder, _ = inline
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row | {"max_tokens": 8}) + "\n" for row in conversations(6)[4:8])
+    )
+    options = ("--scorer", "inline", "--tau", "0.7")
+    done = run(tmp_path / "rows.jsonl", smollm2, tmp_path / "out", *options, **RUNNER_V2)
+    assert done.returncode == 0, done.stderr
+    (expected, steps), (rows, its_steps) = decoded(folder / "out"), decoded(tmp_path / "out")
+    assert len(rows) == 4 and len(its_steps) > 8
+    for name, row in rows.items():
+        assert row["token_ids"] == expected[name]["token_ids"][:8]
+    assert its_steps.keys() == {key for key in steps if key[0] in rows and key[1] < 8}
+    for key, step in its_steps.items():
+        assert [step[name] for name in GUIDED] == [steps[key][name] for name in GUIDED]
+        largest = max(map(abs, step["scores"]))
+        assert step["scores"] == pytest.approx(steps[key]["scores"], abs=1e-4 * largest)
+
+
 @pytest.mark.long
 def test_without_a_compiler_it_decodes_the_same_and_says_so_once(inline, smollm2, tmp_path):
     """In parts: test_models.py for the scores, tests/kernels/test_compiled_kernels.py for what is said."""
@@ -111,7 +132,7 @@ def test_the_demo_is_that_of_the_workers(smollm2, tmp_path, tau):
         assert ours[name] == row
     assert our_steps.keys() == their_steps.keys()
     for key, step in their_steps.items():
-        for name in ("candidate_ids", "chosen_id", "greedy_id"):
+        for name in GUIDED:
             assert our_steps[key][name] == step[name]
         largest = max(map(abs, step["scores"]))
         assert our_steps[key]["scores"] == pytest.approx(step["scores"], abs=1e-4 * largest)

@@ -4,19 +4,20 @@ guided steps, the same scores. Float32 throughout."""
 import asyncio
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHECKOUT, ENGINE_ARGS, prepared_demo_rows
+from conftest import CHECKOUT, ENGINE_ARGS, RUNNER_V2, prepared_demo_rows
 
 from agd_vllm.attribution.forward import ForwardScorer
 from agd_vllm.records import PreparedRow, Roi, ScoreRequest, Span
 
 sys.path.append(str(Path(__file__).parent))
-
 TOKENS = 24
 # A cache of some hundred tokens and prompts in chunks: rows are preempted and computed again.
 TIGHT = {"max_num_batched_tokens": 64, "block_size": 32, "num_gpu_blocks_override": 17, "kv_cache_memory_bytes": None}
@@ -85,7 +86,9 @@ def expected(engine, smollm2, rows):
     return {tau: list(map(outcome, engine.decode(rows, scorer, tau=tau))) for tau in (0.0, 1.734)}
 
 
-def decode(model: Path, folder: Path, runs: list[dict[str, Any]], **engine_args: Any) -> list[dict[str, Any]]:
+def decode(
+    model: Path, folder: Path, runs: list[dict[str, Any]], environment: Mapping[str, str] = {}, **engine_args: Any
+) -> list[dict[str, Any]]:
     from inline.decode import as_json
 
     job = {
@@ -95,7 +98,8 @@ def decode(model: Path, folder: Path, runs: list[dict[str, Any]], **engine_args:
         "runs": [run | {"rows": list(map(as_json, run["rows"]))} for run in runs],
     }
     command = [sys.executable, str(CHECKOUT / "tests/inline/decode.py")]
-    done = subprocess.run(command, input=json.dumps(job), text=True, capture_output=True, timeout=580)
+    environment = os.environ | environment
+    done = subprocess.run(command, input=json.dumps(job), env=environment, text=True, capture_output=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "runs.json").read_text())
 
@@ -164,3 +168,29 @@ def test_chunks_and_preemptions_change_nothing(smollm2, rows, expected, tmp_path
     (run,) = decode(smollm2, tmp_path, [{"rows": rows, "tau": 1.734}], max_model_len=512, **TIGHT)
     assert run["preemptions"] > 0
     assert_same(run["rows"], expected[1.734])
+
+
+@pytest.mark.long
+def test_so_it_decodes_on_model_runner_v2(smollm2, groups, rows, expected, tmp_path):
+    """With asynchronous scheduling: prefix hits and no false one, regions of every kind, a lost report."""
+    names = ("plain", "users", "regions")
+    asked = [{"rows": groups[name], "tau": 1.734} for name in names]
+    asked.append({"rows": groups["plain"] + groups["stops"], "tau": 1.734, "dropped": 1})
+    *runs, lost = decode(smollm2, tmp_path, asked, RUNNER_V2, block_size=16)
+    assert all(run["v2"] and run["async"] for run in (*runs, lost))
+    for name, run in zip(names, runs, strict=True):
+        assert_same(run["rows"], of(expected, rows, groups, name))
+    assert [run.get("cached_tokens", 0) > 0 for run in runs] == [False, True, False]
+    assert lost["faults"]["reports_lost"] >= 1
+    assert_same(lost["rows"], of(expected, rows, groups, "plain") + of(expected, rows, groups, "stops"))
+
+
+@pytest.mark.long
+def test_chunks_and_preemptions_change_nothing_there_either(smollm2, groups, rows, expected, tmp_path):
+    """One step at a time, and every step guided."""
+    chosen = groups["plain"] + groups["regions"]
+    asked = [{"rows": chosen, "tau": 0.0}]
+    (run,) = decode(smollm2, tmp_path, asked, RUNNER_V2, async_scheduling=False, max_model_len=512, **TIGHT)
+    assert (run["v2"], run["async"]) == (True, False) and run["preemptions"] > 0
+    full = [found for row, found in zip(rows, expected[0.0], strict=True) if row in chosen]
+    assert_same(run["rows"], full)

@@ -22,6 +22,7 @@ from agd_vllm.pipeline.options import DecoderOptions
         ("--engine-arg", "enable_lora=true", "enable_lora"),
         ("--engine-arg", "quantization=fp8", "quantization"),
         ("--engine-arg", "kv_cache_dtype=fp8", "kv_cache_dtype"),
+        ("--engine-arg", "enable_batch_sharded_sampling=true", "enable_batch_sharded_sampling"),
         ("--engine-arg", 'speculative_config={"num_speculative_tokens": 1}', "speculative_config"),
     ],
 )
@@ -55,10 +56,21 @@ def test_models(smollm2, tmp_path, changes, words):
     assert "\n" not in str(error.value)
 
 
-def test_the_other_model_runner(monkeypatch, smollm2):
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match="Model Runner V1"):
-        Decoder(str(smollm2), scorer="inline")
+@pytest.mark.parametrize(
+    ("dtype", "capability", "runner", "words"),
+    [
+        ("float32", (9, 0), "1", "on a GPU inline attribution has bfloat16 only"),
+        ("bfloat16", (7, 5), "1", "no kernel for heads of 64 on this GPU"),
+        ("bfloat16", (9, 0), "0", "needs Model Runner V2; leave it out"),
+    ],
+)
+def test_gpus(monkeypatch, smollm2, dtype, capability, runner, words):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    with pytest.raises(ValueError, match=words) as error:
+        Decoder(str(smollm2), scorer="inline", dtype=dtype)
+    assert "\n" not in str(error.value)
 
 
 def test_workers_are_those_of_the_strategies_that_have_some():

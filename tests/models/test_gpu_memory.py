@@ -12,7 +12,16 @@ from agd_vllm.attribution import worker as worker_module
 from agd_vllm.attribution.forward import PASS_TOKENS
 from agd_vllm.attribution.worker import AttributionSettings, AttributionWorker
 from agd_vllm.engine.gpu import check_gpu
-from agd_vllm.models.gpu_memory import GIB, LEAST_CACHE_BYTES, check_room, engine_needs, weight_bytes, worker_needs
+from agd_vllm.inline.arguments import cache_planes
+from agd_vllm.models.gpu_memory import (
+    GIB,
+    KEYS_AND_VALUES,
+    LEAST_CACHE_BYTES,
+    check_room,
+    engine_needs,
+    weight_bytes,
+    worker_needs,
+)
 from benchmarks.random_model import SHAPES
 
 LLAMA_8B = SHAPES["llama-3.1-8b"]
@@ -30,6 +39,9 @@ def test_an_8b_model_fits_one_card_for_engine_and_worker_or_two():
     assert 15 * GIB < worker < 17 * GIB < engine + GIB
     assert 16 * GIB < engine < 17 * GIB < 0.45 * 80 * GIB
     assert 24 * GIB / 2 < worker + LEAST_CACHE_BYTES < 24 * GIB
+    for rule, more in (("attnlrp", GIB), ("cplrp", GIB // 2)):
+        with_tangents = engine_needs(LLAMA_8B, torch.bfloat16, 8192, 1, cache_planes(rule))
+        assert sum(with_tangents.values()) - engine == more
     shared_out = sum(engine_needs(LLAMA_8B, torch.bfloat16, 8192, 2).values())
     assert shared_out < 0.55 * engine
 
@@ -88,7 +100,7 @@ def test_models_that_attribution_cannot_read_are_left_to_vllm(gpu):
         model_config=SimpleNamespace(hf_config=GPT2Config(architectures=["GPT2LMHeadModel"]), quantization=None),
         cache_config=SimpleNamespace(kv_cache_memory_bytes=None),
     )
-    check_gpu(config)
+    check_gpu(config, KEYS_AND_VALUES)
 
 
 def test_an_engine_says_so_by_vllms_own_configuration(smollm2, gpu):
@@ -97,10 +109,10 @@ def test_an_engine_says_so_by_vllms_own_configuration(smollm2, gpu):
     args = AsyncEngineArgs(model=str(smollm2), max_model_len=8192, gpu_memory_utilization=0.45)
     config = args.create_engine_config()
     gpu(GIB, 4 * GIB)
-    check_gpu(config)
+    check_gpu(config, KEYS_AND_VALUES)
     gpu(GIB, GIB)
     with pytest.raises(RuntimeError) as error:
-        check_gpu(config)
+        check_gpu(config, KEYS_AND_VALUES)
     line = re.sub(r"\d+\.\d", "N", str(error.value))
     assert line.startswith(
         "an engine needs N GiB of GPU memory (weights N, KV cache of one row of 8192 tokens N, the rest N) "
