@@ -29,8 +29,10 @@ import click
 import torch
 from transformers.utils import logging
 
+from agd_vllm.attribution.block_pool import blocks_for
 from agd_vllm.attribution.forward import ForwardScorer
 from agd_vllm.attribution.reference import ReferenceScorer
+from agd_vllm.attribution.tangent_cache import TangentCache
 from agd_vllm.models import demo
 from agd_vllm.records import Roi, ScoreRequest, Span
 from benchmarks import random_model
@@ -42,8 +44,7 @@ FULL_BATCH_CONTEXT = 512  # a batch of longer prefixes takes minutes, and is 16 
 GPU_REPEATS = 5
 # Runs before the first that counts: until two in a row differ by so much at most.
 WARM_UPS, AGREEMENT = 10, 0.2
-CACHE_BYTES = 16 << 30
-"""Room for 16 sequences of 4,096 tokens of the demo model in float32 (6 GB), so that nothing is evicted."""
+CACHED_REPEATS = 15
 
 
 def sequences(batch: int, length: int, vocabulary: int, *, same_start: bool) -> list[list[int]]:
@@ -115,13 +116,17 @@ def measure_full(scorer: ForwardScorer, context: int, batch: int, repeats: int) 
 
     def step() -> None:
         scorer.score(requests(tokens))
-        forget(scorer, batch)
+        for row in range(batch):
+            scorer.release(f"row {row}")
+        scorer.cache.evict(scorer.cache.pool.num_blocks)
 
-    return measure(step, repeats)
+    result = measure(step, repeats, lambda: make_room(scorer, batch * blocks_for(context)))
+    make_room(scorer, 0)
+    return result
 
 
 def measure_cached(scorer: ForwardScorer, context: int, batch: int, repeats: int) -> Measured:
-    """Its memory includes the cache."""
+    """Its memory includes the cache, which has room for all of the batch: nothing is evicted."""
     tokens = sequences(batch, context - 1, scorer.hf.config.vocab_size, same_start=batch > 1)
 
     def step() -> None:
@@ -130,18 +135,19 @@ def measure_cached(scorer: ForwardScorer, context: int, batch: int, repeats: int
         assert None not in scorer.score(requests(tokens, start=len(tokens[0]) - 1))
 
     def prepare() -> None:
+        make_room(scorer, batch * blocks_for(context + 1 + WARM_UPS + repeats))
         scorer.score(requests(tokens))
         step()
 
     result = measure(step, repeats, prepare)
-    forget(scorer, batch)
+    make_room(scorer, 0)
     return result
 
 
-def forget(scorer: ForwardScorer, batch: int) -> None:
-    for row in range(batch):
-        scorer.release(f"row {row}")
-    scorer.cache.evict(1 << 62)
+def make_room(scorer: ForwardScorer, num_blocks: int) -> None:
+    """An empty cache of that many blocks in the place of the scorer's."""
+    shape, scorer.cache = scorer.cache.shape, None
+    scorer.cache = TangentCache(shape, num_blocks * shape.block_bytes)
 
 
 def points(model: str, contexts: list[int], lxt_contexts: list[int], batches: list[int], dtype: str) -> Iterator[dict]:
@@ -153,14 +159,14 @@ def points(model: str, contexts: list[int], lxt_contexts: list[int], batches: li
             yield _point(context, 1, "lxt", measure_lxt(lxt, context, 3 if context <= 512 else 1))
         del lxt
         _free()
-    forward = ForwardScorer(model, dtype=dtype, cache_bytes=CACHE_BYTES)
+    forward = ForwardScorer(model, dtype=dtype, cache_bytes=0)
     measure_full(forward, 64, 1, 1)
     for context in contexts:
         for batch in batches:
             if batch == 1 or context <= FULL_BATCH_CONTEXT:
                 repeats = 3 if batch == 1 and context <= 512 else 1
                 yield _point(context, batch, "forward-full", measure_full(forward, context, batch, repeats))
-            yield _point(context, batch, "forward-cached", measure_cached(forward, context, batch, 15))
+            yield _point(context, batch, "forward-cached", measure_cached(forward, context, batch, CACHED_REPEATS))
 
 
 def ratios(measured: list[dict]) -> dict[str, float]:

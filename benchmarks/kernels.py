@@ -4,7 +4,7 @@
 
 `ratio` is seconds over `bound_seconds`. Bounds: `gate`, one read of the logits at the card's copy bandwidth; `dual
 attention prefill`, scaled_dot_product_attention forward on the values alone; `dual attention decode`, one read of K, V,
-K', V' at that bandwidth; `rms norm`, `rope` and `gated product` (a value with one tangent), one read and one write of
+K', V' at that bandwidth; `rms norm` and `gated product` (a value with one tangent), one read and one write of
 their streams at it. `... twin` is the twin in PyTorch. Without a GPU the kernels are interpreted on small shapes (run
 it with TRITON_INTERPRET=1), which shows that they run and no more.
 """
@@ -22,10 +22,12 @@ import torch
 import torch.nn.functional as F
 
 from agd_vllm.attribution import rules
+from agd_vllm.attribution.block_pool import BLOCK_TOKENS
 from agd_vllm.attribution.rules import ACTIVATIONS, RULES
-from agd_vllm.kernels import gate_triton, streams_triton, triton_support
-from agd_vllm.kernels.dual_attention import DualAttention
+from agd_vllm.kernels import gate_triton, paged_attention_gpu, streams_triton, triton_support
 from agd_vllm.kernels.gate import gate_twin
+from agd_vllm.kernels.paged_attention import PagedLayer
+from agd_vllm.kernels.paged_attention_gpu import GpuBatch
 from benchmarks.machine import write_result
 
 GATE_SHAPES = [(256, 128256), (64, 128256), (8, 128256), (256, 151936), (256, 49152)]
@@ -79,27 +81,37 @@ def gate_points(device: torch.device, shapes: list, bandwidth: float) -> Iterato
             yield _point(name, shape, dtype, seconds_of(partial(run, logits, *arguments)), bound)
 
 
-def caches(device: torch.device, sequences: int, tokens: int, kv_heads: int, head_dim: int) -> list:
-    """Keys and values of one layer with one tangent each."""
-    size = (1, kv_heads, 2, tokens, head_dim)
-    return [tuple(torch.randn(size, device=device, dtype=torch.bfloat16) for _ in range(2)) for _ in range(sequences)]
-
-
-def attention(held: list, lengths: int, count: int, heads: int, device: torch.device) -> Callable[[], torch.Tensor]:
-    """One layer's attention of `count` new tokens in each of the held sequences after `lengths` cached ones."""
-    kv_heads, head_dim = held[0][0].shape[1], held[0][0].shape[4]
-    attend = DualAttention([(keys, values, lengths, count) for keys, values in held], 1 / 4, 1 / 2)
-    rows = len(held) * count
-    queries = torch.randn(2, rows, heads, head_dim, device=device) * head_dim**-0.5
-    keys, values = (torch.randn(2, rows, kv_heads, head_dim, device=device) for _ in range(2))
-    return lambda: attend(0, queries, keys, values, None)
+def attention(
+    device: torch.device, sequences: int, length: int, count: int, shape: tuple[int, int, int]
+) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
+    """One layer's attention of `count` new tokens in each sequence after `length` cached ones; and its cache."""
+    heads, kv_heads, head_dim = shape
+    pages, rows = -(-(length + count) // BLOCK_TOKENS), sequences * count
+    size = (sequences * pages, kv_heads, 4, BLOCK_TOKENS, head_dim)
+    cache = torch.randn(size, device=device, dtype=torch.bfloat16)
+    rope = torch.randn(length + count, head_dim, device=device)
+    layer = PagedLayer(heads, kv_heads, head_dim, head_dim**-0.5, rope, score_factor=1 / 4, value_factor=1 / 2)
+    table = torch.arange(sequences * pages, dtype=torch.int32, device=device).view(sequences, pages)
+    positions = torch.arange(length, length + count, device=device)
+    slots = table.long()[:, positions // BLOCK_TOKENS] * BLOCK_TOKENS + positions % BLOCK_TOKENS
+    batch = GpuBatch(
+        table,
+        torch.arange(0, rows + 1, count, dtype=torch.int32, device=device),
+        torch.full((sequences,), length + count, dtype=torch.int32, device=device),
+        slots.flatten(),
+        positions.repeat(sequences),
+        torch.zeros(1, 1, heads, device=device),
+        torch.full((rows,), -1, dtype=torch.int32, device=device),
+        singles=sequences if count == 1 else 0,
+    )
+    qkv = torch.randn(2 * rows, (heads + 2 * kv_heads) * head_dim, device=device).bfloat16()
+    return lambda: paged_attention_gpu.attend(layer, batch, 0, cache, qkv), cache
 
 
 def prefill_points(device: torch.device, lengths: list[int], shape: tuple[int, int, int]) -> Iterator[dict]:
     heads, kv_heads, head_dim = shape
     for tokens in lengths:
-        held = caches(device, 1, tokens, kv_heads, head_dim)
-        step = attention(held, 0, tokens, heads, device)
+        step, _ = attention(device, 1, 0, tokens, shape)
         query = torch.randn(1, heads, tokens, head_dim, device=device, dtype=torch.bfloat16)
         key, value = (torch.randn(1, kv_heads, tokens, head_dim, device=device, dtype=torch.bfloat16) for _ in range(2))
         plain = partial(F.scaled_dot_product_attention, query, key, value, is_causal=True, enable_gqa=True)
@@ -111,25 +123,20 @@ def prefill_points(device: torch.device, lengths: list[int], shape: tuple[int, i
 def decode_points(device: torch.device, shapes: list, shape: tuple[int, int, int], bandwidth: float) -> Iterator[dict]:
     heads, kv_heads, head_dim = shape
     for sequences, context in shapes:
-        held = caches(device, sequences, context, kv_heads, head_dim)
-        step = attention(held, context - 1, 1, heads, device)
-        size = sum(keys.numel() + values.numel() for keys, values in held) * 2
+        step, cache = attention(device, sequences, context - 1, 1, shape)
+        size = cache.numel() * cache.element_size()
         described = {"sequences": sequences, "context": context, "heads": heads, "kv_heads": kv_heads}
         described["head_dim"] = head_dim
         yield _point("dual attention decode", described, "bfloat16", seconds_of(step), size / bandwidth)
 
 
-def stream_points(
-    device: torch.device, tokens: list[int], hidden: tuple[int, int], heads: tuple[int, int, int], bandwidth: float
-) -> Iterator[dict]:
+def stream_points(device: torch.device, tokens: list[int], hidden: tuple[int, int], bandwidth: float) -> Iterator[dict]:
     """What lies between the linear layers, as the tangent pass calls it for so many tokens."""
-    (dim, intermediate), (num_heads, _, head_dim) = hidden, heads
+    dim, intermediate = hidden
     rule, activation = RULES["attnlrp"], ACTIVATIONS["silu"]
     for count in tokens:
         streams, gain = torch.randn(2, count, dim, device=device), torch.ones(dim, device=device)
         added = torch.randn_like(streams).bfloat16()
-        queries = torch.randn(2, count, num_heads, head_dim, device=device).bfloat16()
-        cos, sin = (torch.randn(count, 1, head_dim, device=device) for _ in range(2))
         gate, up = (torch.randn(2, count, intermediate, device=device).bfloat16() for _ in range(2))
         # Streams, kernel, twin, and the bytes read and written for each element.
         cases = {
@@ -138,12 +145,6 @@ def stream_points(
                 lambda s=streams, a=added, g=gain: streams_triton.rms_norm(s, a, g, 1e-5, False, torch.bfloat16),
                 lambda s=streams, a=added, g=gain: rules.rms_norm(s.add_(a), g, 1e-5, rule).bfloat16(),
                 4 + 4 + 2 + 2,
-            ),
-            "rope": (
-                queries,
-                lambda q=queries, c=cos, s=sin: streams_triton.rope(q, c, s, 0.125),
-                lambda q=queries, c=cos, s=sin: rules.rope(q.float(), c, s) * 0.125,
-                2 + 4,
             ),
             "gated product": (
                 gate,
@@ -187,7 +188,7 @@ def main(output):
         *gate_points(device, GATE_SHAPES if on_gpu else SMALL["gate"], bandwidth),
         *prefill_points(device, PREFILL_TOKENS if on_gpu else SMALL["prefill"], heads),
         *decode_points(device, DECODES if on_gpu else SMALL["decode"], heads, bandwidth),
-        *stream_points(device, TOKENS if on_gpu else SMALL["tokens"], hidden, heads, bandwidth),
+        *stream_points(device, TOKENS if on_gpu else SMALL["tokens"], hidden, bandwidth),
     ]
     result = {
         "device": torch.cuda.get_device_name() if on_gpu else "interpreter (CPU): no claim about time",

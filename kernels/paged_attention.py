@@ -1,7 +1,7 @@
 """Softmax attention of paged sequences and of one tangent of each on a CPU: one call for one layer of a mixed batch.
 
 Values and tangents are stacked along the tokens: rows [0, N) are values, rows [N, 2 N) their tangents. The twin in
-PyTorch, with the same `attend`, is `agd_vllm.inline.paged_twin`.
+PyTorch, with the same `attend`, is `agd_vllm.attribution.paged_twin`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Softmax attention of paged sequences and of one tangent of each on an NVIDIA GPU: `attend` as in `paged_attention`.
 
 All that is launched follows from the size of a batch and from what its host knows of it (GpuBatch), never from the
-lengths of its sequences: it may be captured in a CUDA graph. The twin in PyTorch is `agd_vllm.inline.paged_twin`.
+lengths of its sequences: it may be captured in a CUDA graph. The twin in PyTorch is `agd_vllm.attribution.paged_twin`.
 """
 
 from __future__ import annotations

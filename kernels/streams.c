@@ -58,28 +58,6 @@ void agd_rms_norm(float *streams, const Rows *added, const float *gain, Rows *ou
     }
 }
 
-INLINE void rotate(int half, float *out, const void *x, int64_t from, const float *cosine, const float *sine,
-                   float scale, int64_t dim) {
-    const int64_t middle = dim / 2;
-#pragma omp simd
-    for (int64_t i = 0; i < middle; i++) {
-        const float low = get(x, half, from + i), high = get(x, half, from + middle + i);
-        out[i] = scale * (low * cosine[i] + high * sine[i]);
-        out[middle + i] = scale * (high * cosine[middle + i] + low * sine[middle + i]);
-    }
-}
-
-// Heads [streams, rows, heads, dim] by the tables [rows, dim] of their positions, times `scale`.
-void agd_rope(const Rows *x, const float *cosine, const float *signed_sine, float *out, int64_t num_streams,
-              int64_t rows, int64_t heads, int64_t dim, float scale) {
-#pragma omp parallel for
-    for (int64_t i = 0; i < num_streams * rows; i++)
-        for (int64_t head = 0; head < heads; head++) {
-            const int64_t from = (i * heads + head) * dim, table = i % rows * dim;
-            FOR_KINDS(x, rotate(half, out + from, x->data, from, cosine + table, signed_sine + table, scale, dim));
-        }
-}
-
 // 1 / (1 + exp(-x))
 INLINE float sigmoid(float x) {
     const float e = exponential(-fabsf(x));

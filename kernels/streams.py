@@ -47,14 +47,6 @@ def rms_norm(
     return out
 
 
-def rope(heads: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, scale: float) -> torch.Tensor:
-    """Heads [S, N, H, D] by the tables [N, 1, D] of their positions, times `scale`: float32 [S, N, H, D]."""
-    _check(cos, signed_sin)
-    out = torch.empty_like(heads, dtype=torch.float32)
-    _function("agd_rope")(_rows(heads), cos.data_ptr(), signed_sin.data_ptr(), out.data_ptr(), *heads.shape, scale)
-    return out
-
-
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: str, rule: str) -> torch.Tensor:
     """Gate and up [S, N, I] of one dtype to [S, N, I] of the same; they may be the halves of one [S, N, 2 I]."""
     out = gate.new_empty(gate.shape)
@@ -93,7 +85,6 @@ def _function(name: str):
     function.restype = None
     function.argtypes = {
         "agd_rms_norm": [pointer, rows, pointer, rows, size, size, size, ctypes.c_float, kind],
-        "agd_rope": [rows, pointer, pointer, pointer, size, size, size, size, ctypes.c_float],
         "agd_gated": [rows, rows, size, rows, size, size, size, kind, kind],
     }[name]
     return function

@@ -47,28 +47,6 @@ def rms_norm(
     return out
 
 
-def rope(heads: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, scale: float) -> torch.Tensor:
-    """Heads [S, N, H, D] by the tables [N, 1, D] of their positions, times `scale`: float32 [S, N, H, D]."""
-    _check(heads, cos, signed_sin)
-    out = torch.empty_like(heads, dtype=torch.float32)
-    num_streams, rows, num_heads, dim = heads.shape
-    block_h, block_d = triton.next_power_of_2(num_heads), triton.next_power_of_2(dim)
-    _rope[(num_streams * rows,)](
-        heads,
-        cos,
-        signed_sin,
-        out,
-        rows,
-        num_heads,
-        dim,
-        scale,
-        BLOCK_H=block_h,
-        BLOCK_D=block_d,
-        num_warps=_warps(block_h * block_d),
-    )
-    return out
-
-
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: str, rule: str) -> torch.Tensor:
     """Gate and up [S, N, I] of one dtype to [S, N, I] of the same; they may be the halves of one [S, N, 2 I]."""
     num_streams, rows, dim = gate.shape
@@ -128,33 +106,6 @@ def _summed(streams, added, at, there, ADDED: tl.constexpr):
         x += tl.load(added + at, mask=there, other=0.0).to(tl.float32)
         tl.store(streams + at, x, mask=there)
     return x
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _rope(
-    heads,
-    cosines,
-    signed_sines,
-    out,
-    rows,
-    num_heads,
-    dim,
-    scale,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """All heads of one token in one stream."""
-    row = tl.program_id(0).to(tl.int64)
-    head, columns = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    table = row % rows * dim + columns
-    cosine = tl.load(cosines + table, mask=columns < dim, other=0.0)
-    sine = tl.load(signed_sines + table, mask=columns < dim, other=0.0)
-    partner = tl.where(columns < dim // 2, columns + dim // 2, columns - dim // 2)
-    there = (head < num_heads) & (columns < dim)
-    start = (row * num_heads + head) * dim
-    x = tl.load(heads + start + columns, mask=there, other=0.0).to(tl.float32)
-    other = tl.load(heads + start + partner, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + start + columns, scale * (x * cosine + other * sine), mask=there)
 
 
 @triton.jit(do_not_specialize=["num_streams", "rows"])

@@ -16,7 +16,6 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from agd_vllm.kernels import (
-    dual_attention_triton,
     gate_triton,
     paged_attention_triton,
     paged_heads_triton,
@@ -92,39 +91,6 @@ def gate(gpu: int, half: tuple[str, ...]) -> None:
     )
 
 
-def append(gpu: int, head_dim: int) -> None:
-    tensors = ("sequences", "tokens", "keys", "values")
-    build(dual_attention_triton.append, gpu, tensors, kind(head_dim), num_warps=1)
-
-
-def attention(gpu: int, head_dim: int) -> None:
-    for kinds, split in ((tilings.DECODE, True), (tilings.PREFILL, False)):
-        tiling = tilings.choose_tiling(kinds, kind(head_dim)["BLOCK_D"], 4, GPUS[gpu])
-        build(
-            dual_attention_triton.attend,
-            gpu,
-            ("sequences", "tiles", "queries", "out", "sums", "numbers"),
-            {
-                "KEY_TANGENTS": True,
-                "WINDOW": False,
-                "SPLIT": split,
-                "ROWS": tiling.rows,
-                "KEYS": tiling.keys,
-                "INTERPRETED": False,
-                **kind(head_dim),
-            },
-            num_warps=tiling.warps,
-            num_stages=tiling.stages,
-        )
-    build(
-        dual_attention_triton.combine,
-        gpu,
-        ("sequences", "tiles", "out", "sums", "numbers"),
-        {"D": head_dim, "BLOCK_D": head_dim},
-        num_warps=1,
-    )
-
-
 def paged_attention(gpu: int, head_dim: int) -> None:
     group, paged = 4, {"STREAMS": 2, "GROUP": 4, "SIZE": 16, **kind(head_dim)}
     halves = ("qkv", "queries", "cache", "out")
@@ -165,7 +131,7 @@ def paged_attention(gpu: int, head_dim: int) -> None:
     )
 
 
-def between_linear_layers(gpu: int, dim: int, heads: int, head_dim: int) -> None:
+def between_linear_layers(gpu: int, dim: int) -> None:
     build(
         streams_triton._rms_norm,
         gpu,
@@ -173,14 +139,6 @@ def between_linear_layers(gpu: int, dim: int, heads: int, head_dim: int) -> None
         {"ADDED": True, "THROUGH_NORM": False, "BLOCK": dim},
         ("added", "out"),
         num_warps=streams_triton._warps(dim),
-    )
-    build(
-        streams_triton._rope,
-        gpu,
-        ("heads", "cosines", "signed_sines", "out"),
-        {"BLOCK_H": heads, "BLOCK_D": head_dim},
-        ("heads",),
-        num_warps=streams_triton._warps(heads * head_dim),
     )
     tensors = ("gates", "ups", "out")
     build(
@@ -201,8 +159,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for half in ((), ("logits",)):
         gate(90, half)
-    append(90, 128)
-    between_linear_layers(90, 4096, 32, 128)
+    between_linear_layers(90, 4096)
     for gpu in GPUS:
-        attention(gpu, 128)
         paged_attention(gpu, 128)

@@ -16,7 +16,6 @@ SIZES = {
     "seed": st.integers(0, 2**16),
 }
 NORMS = SIZES | {"adds": st.booleans()}
-ROPES = SIZES | {"heads": st.integers(1, 4), "scale": st.sampled_from([1.0, 0.125])}
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -34,15 +33,6 @@ def check_rms_norm(kernels: ModuleType, num_streams, rows, dim, dtype, seed, rul
     assert ours.dtype == dtype
     assert torch.equal(values, summed)
     close(ours, rules.rms_norm(summed, gain, 1e-5, RULES[rule]))
-
-
-def check_rope(kernels: ModuleType, num_streams, rows, dim, dtype, seed, heads, scale, device="cpu"):
-    torch.manual_seed(seed)
-    values = torch.randn(num_streams, rows, heads, dim, device=device).to(dtype)
-    cos, sin = (torch.randn(rows, 1, dim, device=device) for _ in range(2))
-    ours = kernels.rope(values, cos, sin, scale)
-    assert ours.dtype == torch.float32
-    close(ours, rules.rope(values.float(), cos, sin) * scale)
 
 
 def check_gated(kernels: ModuleType, num_streams, rows, dim, dtype, seed, rule, activation, device="cpu"):

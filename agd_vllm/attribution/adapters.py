@@ -1,4 +1,6 @@
-"""Where the weights of a Hugging Face model lie: one short adapter per architecture, no weight is copied.
+"""Where the weights of a Hugging Face model lie: one short adapter per architecture.
+
+The weights of linear layers are taken over: the modules keep none.
 
 To add an architecture: name it in `agd_vllm.models.architectures`, write its adapter here, give `lxt_compat` its
 classes and `tests/attribution/tiny.py` a tiny model; the tests then hold it to the oracle.
@@ -18,6 +20,17 @@ from agd_vllm.attribution.rules import ACTIVATIONS, Activation, Norm
 DEFAULT_ROPE = "default"
 
 
+class Linear:
+    """Linear layers of one input, whose outputs lie side by side: weight [out, in], bias [out] or None."""
+
+    def __init__(self, *modules: nn.Linear):
+        self.weight = torch.cat([module.weight for module in modules]) if len(modules) > 1 else modules[0].weight
+        biases = [module.bias for module in modules if module.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+        for module in modules:
+            module.weight = None
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One decoder layer. A norm that the architecture lacks is None; `window` is in tokens, None for full attention.
@@ -26,17 +39,14 @@ class Layer:
     """
 
     attention_norm: Norm
-    q: nn.Linear
-    k: nn.Linear
-    v: nn.Linear
-    o: nn.Linear
+    qkv: Linear
+    o: Linear
     q_norm: Norm | None
     k_norm: Norm | None
     attention_output_norm: Norm | None
     mlp_norm: Norm
-    gate: nn.Linear
-    up: nn.Linear
-    down: nn.Linear
+    gate_up: Linear
+    down: Linear
     mlp_output_norm: Norm | None
     scaling: float
     window: int | None
@@ -85,17 +95,14 @@ def _gemma3(stack: nn.Module) -> tuple[list[Layer], Norm]:
         layers.append(
             Layer(
                 attention_norm=_gemma_norm(layer.input_layernorm),
-                q=attention.q_proj,
-                k=attention.k_proj,
-                v=attention.v_proj,
-                o=attention.o_proj,
+                qkv=Linear(attention.q_proj, attention.k_proj, attention.v_proj),
+                o=Linear(attention.o_proj),
                 q_norm=_gemma_norm(attention.q_norm),
                 k_norm=_gemma_norm(attention.k_norm),
                 attention_output_norm=_gemma_norm(layer.post_attention_layernorm),
                 mlp_norm=_gemma_norm(layer.pre_feedforward_layernorm),
-                gate=mlp.gate_proj,
-                up=mlp.up_proj,
-                down=mlp.down_proj,
+                gate_up=Linear(mlp.gate_proj, mlp.up_proj),
+                down=Linear(mlp.down_proj),
                 mlp_output_norm=_gemma_norm(layer.post_feedforward_layernorm),
                 scaling=attention.scaling,
                 window=attention.sliding_window,
@@ -119,17 +126,14 @@ def _llama_layer(layer: nn.Module, *, window: int | None) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return Layer(
         attention_norm=_norm(layer.input_layernorm),
-        q=attention.q_proj,
-        k=attention.k_proj,
-        v=attention.v_proj,
-        o=attention.o_proj,
+        qkv=Linear(attention.q_proj, attention.k_proj, attention.v_proj),
+        o=Linear(attention.o_proj),
         q_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
         k_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
         attention_output_norm=None,
         mlp_norm=_norm(layer.post_attention_layernorm),
-        gate=mlp.gate_proj,
-        up=mlp.up_proj,
-        down=mlp.down_proj,
+        gate_up=Linear(mlp.gate_proj, mlp.up_proj),
+        down=Linear(mlp.down_proj),
         mlp_output_norm=None,
         scaling=attention.scaling,
         window=window,

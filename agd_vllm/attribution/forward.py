@@ -9,17 +9,11 @@ from typing import Any
 
 import torch
 
+from agd_vllm.attribution.block_pool import BLOCK_TOKENS, BlockPool, blocks_for
 from agd_vllm.attribution.hf_model import load_model
 from agd_vllm.attribution.regions import check_roi
-from agd_vllm.attribution.tangent_cache import (
-    PREFIX_BLOCK,
-    CachedSequence,
-    CacheShape,
-    TangentCache,
-    prefix_digests,
-)
+from agd_vllm.attribution.tangent_cache import CachedSequence, TangentCache, prefix_digests
 from agd_vllm.attribution.tangent_pass import TangentPass
-from agd_vllm.kernels.to_device import to_device
 from agd_vllm.records import ScoreRequest
 
 PASS_TOKENS = 512
@@ -28,24 +22,28 @@ PASS_TOKENS = 512
 
 @dataclass(slots=True)
 class _Job:
-    """One request on its way: its whole sequence, how much of it is held, by its own state or by a donor's."""
+    """One request on its way: how many tokens of its sequence are held, by its own state or by a donor's."""
 
     index: int
     request: ScoreRequest
-    tokens: list[int]
     held: int
     sequence: CachedSequence | None = None
     donor: CachedSequence | None = None
     digests: list[bytes] = field(default_factory=list)
+
+    @property
+    def num_blocks(self) -> int:
+        return blocks_for(self.request.start + len(self.request.token_ids))
 
 
 class ForwardScorer:
     """Scores candidates by forward-mode AttnLRP (the rules of `agd_vllm.attribution.rules`), with a tangent cache.
 
     Stateful: a request may carry only the tokens since the last one of its sequence, under the same region.
-    `cache_bytes` (default: an eighth of the device's memory) bounds the keys, values and tangents held between calls;
-    one sequence may exceed it while it is scored. The least recently used sequences go first. `loading`: dtype, device,
-    revision and trust_remote_code of `load_model`. Raises ValueError for a model it cannot read.
+    `cache_bytes` (default: an eighth of the device's memory) are taken for keys, values and tangents, in blocks;
+    a sequence that needs more has blocks of its own while it is scored. The least recently used sequences go first.
+    `loading`: dtype, device, revision and trust_remote_code of `load_model`. Raises ValueError for a model it cannot
+    read.
     """
 
     stateful = True
@@ -60,18 +58,10 @@ class ForwardScorer:
     ):
         self.hf = load_model(model_path, **loading)
         self.tangents = TangentPass(self.hf, rule)
-        shape = CacheShape(
-            num_layers=self.hf.num_layers,
-            num_kv_heads=self.hf.num_kv_heads,
-            head_dim=self.hf.head_dim,
-            key_tangents=self.tangents.key_tangents,
-            dtype=self.tangents.cache_dtype,
-            device=self.hf.device,
-        )
         if cache_bytes is None:
             cache_bytes = default_cache_bytes(self.hf.device)
-        self.cache = TangentCache(shape, cache_bytes)
-        self.cache_tokens = cache_bytes // shape.token_bytes
+        self.cache = TangentCache(self.tangents.shape, cache_bytes)
+        self.cache_tokens = self.cache.pool.num_blocks * BLOCK_TOKENS
 
     @torch.inference_mode()
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float] | None]:
@@ -93,7 +83,6 @@ class ForwardScorer:
                 break
             for job, scores in zip(jobs, self._run(jobs), strict=True):
                 answers[job.index] = scores
-        self.cache.evict(0)
         return answers
 
     def release(self, sequence: str) -> None:
@@ -103,14 +92,14 @@ class ForwardScorer:
     def _next_jobs(self, requests: Sequence[ScoreRequest], waiting: Sequence[int]) -> tuple[list[_Job], list[int]]:
         """The requests that can run in one batch now, and those that must wait; those that cannot be resumed leave.
 
-        A request waits for a sequence of the batch that begins as it does (the prefix is then copied, not computed
-        twice), for another request of its own sequence, or for room.
+        A request waits for a sequence of the batch that begins as it does (whose blocks it then shares), for another
+        request of its own sequence, or for room. One that the whole cache has no room for goes alone.
         """
         jobs: list[_Job] = []
         later: list[int] = []
         names: set[str] = set()
         coming: set[bytes] = set()
-        num_bytes = 0
+        num_blocks, room = 0, self.cache.pool.num_blocks
         for index in waiting:
             request = requests[index]
             if request.sequence in names:
@@ -119,79 +108,87 @@ class ForwardScorer:
             job = self._plan(index, request)
             if job is None:
                 continue
-            needed = len(job.tokens) * self.cache.shape.token_bytes
-            shared = PREFIX_BLOCK * sum(digest in coming for digest in job.digests)
-            if jobs and (shared > job.held or num_bytes + needed > self.cache.max_bytes):
+            shared = BLOCK_TOKENS * sum(digest in coming for digest in job.digests)
+            if jobs and (shared > job.held or num_blocks + job.num_blocks > room):
                 later.append(index)
                 continue
-            num_bytes += needed
+            num_blocks += job.num_blocks
             names.add(request.sequence)
             coming.update(job.digests)
             jobs.append(job)
         return jobs, later
 
     def _plan(self, index: int, request: ScoreRequest) -> _Job | None:
-        """How the request can be served; None if the tokens before its `start` are not held under its region."""
+        """How the request can be served; None if the tokens before its `start` are not held under its region, or if
+        there is no room to hold them any longer."""
         sequence = self.cache.get(request.sequence)
         if sequence is not None and sequence.roi != request.roi:
             sequence = None
         if request.start > (sequence.length if sequence else 0):
             return None
+        num_tokens = request.start + len(request.token_ids)
+        if blocks_for(num_tokens) > self.cache.pool.num_blocks:
+            return None if request.start else _Job(index, request, held=0)
+        # The last token is always computed, for its hidden state.
         if sequence is None:
-            tokens = list(request.token_ids)
-            digests = prefix_digests(tokens, request.roi)
-            # The last token is always computed, for its hidden state.
-            donor, held = self.cache.donor(digests[: (len(tokens) - 1) // PREFIX_BLOCK])
-            return _Job(index, request, tokens, held, donor=donor, digests=digests)
-        tokens = sequence.tokens[: request.start] + request.token_ids
-        held = _common_prefix(sequence.tokens, tokens, request.start)
-        return _Job(index, request, tokens, min(held, sequence.length, len(tokens) - 1), sequence=sequence)
+            digests = prefix_digests(request.token_ids, request.roi)
+            donor, held = self.cache.donor(digests[: (num_tokens - 1) // BLOCK_TOKENS])
+            return _Job(index, request, held, donor=donor, digests=digests)
+        held = request.start + _common_length(sequence.tokens[request.start :], request.token_ids)
+        return _Job(index, request, min(held, sequence.length, num_tokens - 1), sequence=sequence)
 
     def _run(self, jobs: Sequence[_Job]) -> list[list[float]]:
         """Bring every job's sequence up to its last token and score its candidates."""
-        pinned = [sequence for job in jobs for sequence in (job.sequence, job.donor) if sequence is not None]
-        # New sequences copy their prefixes before the others are cut back: a donor may be one of those.
-        for job in sorted(jobs, key=lambda job: job.sequence is not None):
-            if job.sequence is None:
-                job.sequence = CachedSequence(self.cache.shape, job.request.roi)
-                self.cache.add(job.request.sequence, job.sequence)
-                pinned.append(job.sequence)
-            self.cache.truncate(job.sequence, job.held)
-            job.sequence.tokens = job.tokens
-            self.cache.grow(job.sequence, len(job.tokens), pinned)
+        if jobs[0].num_blocks > self.cache.pool.num_blocks:
+            return self._run_beside_the_cache(jobs[0])
+        # New sequences share their prefixes before others are cut back or replaced: a donor may be one of those.
+        new = [job for job in jobs if job.sequence is None]
+        for job in new:
+            job.sequence = CachedSequence(job.request.roi)
             if job.donor is not None:
-                job.sequence.copy_prefix(job.donor, job.held)
-        last = self._extend(jobs)
+                self.cache.share(job.sequence, job.donor, job.held)
+        for job in new:
+            self.cache.add(job.request.sequence, job.sequence)
         for job in jobs:
-            if job.digests:
-                self.cache.index(job.sequence, job.digests)
-        candidates = [candidate for job in jobs for candidate in job.request.candidate_ids]
-        counts = [len(job.request.candidate_ids) for job in jobs]
-        rows = to_device(torch.repeat_interleave(torch.arange(len(jobs)), torch.tensor(counts)), self.hf.device)
-        ids = to_device(torch.tensor(candidates, dtype=torch.long), self.hf.device)
-        unembedding = self.hf.unembedding[ids].float()
-        scores = torch.einsum("rd,rd->r", last[1, rows], unembedding).cpu()
-        return [per_job.tolist() for per_job in scores.split(counts)]
+            self.cache.truncate(job.sequence, job.held)
+            job.sequence.tokens[job.request.start :] = job.request.token_ids
+        pinned = [job.sequence for job in jobs]
+        for job in jobs:
+            self.cache.grow(job.sequence, len(job.sequence.tokens), pinned)
+        scores = self._extend(jobs, self.cache.pool)
+        for job in new:
+            self.cache.index(job.sequence, job.digests)
+        return scores
 
-    def _extend(self, jobs: Sequence[_Job]) -> torch.Tensor:
-        """Compute what the jobs' sequences lack, PASS_TOKENS at a time; streams [2, jobs, d] at their last tokens."""
-        last: list[torch.Tensor | None] = [None] * len(jobs)
-        unfinished = list(range(len(jobs)))
+    def _run_beside_the_cache(self, job: _Job) -> list[list[float]]:
+        """In blocks that are made for this call and not kept."""
+        self.cache.discard(job.request.sequence)
+        pool = BlockPool(self.cache.shape, job.num_blocks)
+        job.sequence = CachedSequence(job.request.roi, list(job.request.token_ids), blocks=pool.take(job.num_blocks))
+        return self._extend([job], pool)
+
+    def _extend(self, jobs: Sequence[_Job], pool: BlockPool) -> list[list[float]]:
+        """Compute what the jobs' sequences lack, PASS_TOKENS at a time; the scores of each one's candidates."""
+        scored: list[_Job] = []
+        parts: list[torch.Tensor] = []
+        unfinished = list(jobs)
         while unfinished:
-            segments, room = [], PASS_TOKENS
-            for number in unfinished:
-                sequence = jobs[number].sequence
-                count = min(len(sequence.tokens) - sequence.length, room)
-                if count:
-                    segments.append((sequence, count))
-                    room -= count
-            streams = self.tangents.extend(segments)
-            for row, number in enumerate(unfinished[: len(segments)]):
-                last[number] = streams[:, row]
-            unfinished = [
-                number for number in unfinished if jobs[number].sequence.length < len(jobs[number].sequence.tokens)
-            ]
-        return torch.stack(last, dim=1)
+            segments, candidates, room = [], [], PASS_TOKENS
+            for job in unfinished:
+                lacking = len(job.sequence.tokens) - job.sequence.length
+                count = min(lacking, room)
+                if count == 0:
+                    break
+                segments.append((job.sequence, count))
+                room -= count
+                if count == lacking:
+                    scored.append(job)
+                candidates.append(job.request.candidate_ids if count == lacking else ())
+            parts.append(self.tangents.extend(segments, pool, candidates))
+            unfinished = [job for job in unfinished if job.sequence.length < len(job.sequence.tokens)]
+        numbers = iter(torch.cat(parts).tolist())
+        of_job = {job.index: [next(numbers) for _ in job.request.candidate_ids] for job in scored}
+        return [of_job[job.index] for job in jobs]
 
 
 def default_cache_bytes(device: torch.device) -> int:
@@ -201,7 +198,7 @@ def default_cache_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
 
 
-def _common_prefix(held: Sequence[int], tokens: Sequence[int], start: int) -> int:
-    """Length of the common prefix of two token lists that agree on the first `start` tokens."""
-    end = min(len(held), len(tokens))
-    return next((position for position in range(start, end) if held[position] != tokens[position]), end)
+def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Of the common prefix of two token lists."""
+    end = min(len(one), len(other))
+    return next((position for position in range(end) if one[position] != other[position]), end)

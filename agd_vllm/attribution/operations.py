@@ -6,11 +6,10 @@ from types import ModuleType
 from typing import Protocol
 
 import torch
-from torch import nn
 
-from agd_vllm.attribution.adapters import Decoder, Layer
+from agd_vllm.attribution.adapters import Decoder, Linear
 from agd_vllm.attribution.hf_model import HFModel
-from agd_vllm.attribution.rules import Norm, Rule, gated, linear, rms_norm, rope
+from agd_vllm.attribution.rules import Norm, Rule, gated, linear, rms_norm
 from agd_vllm.kernels import compiled, streams, triton_support
 
 PACKED_FOR_ROWS = 32
@@ -26,13 +25,10 @@ class Operations(Protocol):
     def exact_norm(self, streams: torch.Tensor, norm: Norm) -> torch.Tensor:
         """The norm of float32 streams in float32, for what is no linear layer."""
 
-    def rope(self, heads: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor], scale: float) -> torch.Tensor:
-        """Rotated heads [S, N, H, D], times `scale`, float32."""
+    def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """The gated product of gate and up, side by side: [S, N, 2 I] to [S, N, I]."""
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """The gated product of [S, N, I] and [S, N, I]."""
-
-    def linear(self, streams: torch.Tensor, module: nn.Linear) -> torch.Tensor:
+    def linear(self, streams: torch.Tensor, layer: Linear) -> torch.Tensor:
         """[S, N, in] to [S, N, out] in the weight's dtype."""
 
 
@@ -51,14 +47,12 @@ class TorchOperations:
     def exact_norm(self, streams: torch.Tensor, norm: Norm) -> torch.Tensor:
         return rms_norm(streams, norm.gain, norm.eps, self._rule)
 
-    def rope(self, heads: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor], scale: float) -> torch.Tensor:
-        return rope(heads.float(), *table) * scale
+    def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.float().chunk(2, -1)
+        return gated(gate, up, self._activation, self._rule)
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return gated(gate.float(), up.float(), self._activation, self._rule)
-
-    def linear(self, streams: torch.Tensor, module: nn.Linear) -> torch.Tensor:
-        return linear(streams, module.weight, module.bias)
+    def linear(self, streams: torch.Tensor, layer: Linear) -> torch.Tensor:
+        return linear(streams, layer.weight, layer.bias)
 
 
 class FusedOperations(TorchOperations):
@@ -67,7 +61,7 @@ class FusedOperations(TorchOperations):
     def __init__(self, decoder: Decoder, rule: Rule, kernels: ModuleType):
         super().__init__(decoder, rule)
         self._kernels = kernels
-        self._dtype = decoder.layers[0].q.weight.dtype
+        self._dtype = decoder.layers[0].qkv.weight.dtype
 
     def norm(self, streams: torch.Tensor, norm: Norm, added: torch.Tensor | None = None) -> torch.Tensor:
         return self._rms_norm(streams, added, norm, self._dtype)
@@ -75,11 +69,8 @@ class FusedOperations(TorchOperations):
     def exact_norm(self, streams: torch.Tensor, norm: Norm) -> torch.Tensor:
         return self._rms_norm(streams, None, norm, torch.float32)
 
-    def rope(self, heads: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor], scale: float) -> torch.Tensor:
-        return self._kernels.rope(heads, *table, scale)
-
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return self._kernels.gated(gate, up, self._activation.name, self._rule.name)
+    def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self._kernels.gated(*gate_up.chunk(2, -1), self._activation.name, self._rule.name)
 
     def _rms_norm(
         self, streams: torch.Tensor, added: torch.Tensor | None, norm: Norm, dtype: torch.dtype
@@ -88,22 +79,20 @@ class FusedOperations(TorchOperations):
 
 
 class PackedOperations(FusedOperations):
-    """On a CPU with a compiler. Takes the weights of the linear layers over: the modules keep none."""
+    """On a CPU with a compiler: oneDNN lays the weights of the linear layers out anew."""
 
     def __init__(self, decoder: Decoder, rule: Rule):
         super().__init__(decoder, rule, streams)
-        self._packed = {}
         for layer in decoder.layers:
-            for module in _linears(layer):
-                self._packed[module] = torch.ops.mkldnn._reorder_linear_weight(module.weight, PACKED_FOR_ROWS)
-                module.weight = None
+            for each in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                each.weight = torch.ops.mkldnn._reorder_linear_weight(each.weight, PACKED_FOR_ROWS)
 
-    def linear(self, streams: torch.Tensor, module: nn.Linear) -> torch.Tensor:
+    def linear(self, streams: torch.Tensor, layer: Linear) -> torch.Tensor:
         rows = streams.flatten(0, 1).to(self._dtype)
-        out = torch.ops.mkldnn._linear_pointwise(rows, self._packed[module], None, "none", [], "")
+        out = torch.ops.mkldnn._linear_pointwise(rows, layer.weight, None, "none", [], "")
         out = out.unflatten(0, streams.shape[:2])
-        if module.bias is not None:
-            out[0] += module.bias
+        if layer.bias is not None:
+            out[0] += layer.bias
         return out
 
 
@@ -123,7 +112,3 @@ def _can_pack(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _linears(layer: Layer) -> list[nn.Linear]:
-    return [layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down]

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 
+from agd_vllm.attribution import paged_twin
 from agd_vllm.attribution.adapters import Layer, adapt
+from agd_vllm.attribution.block_pool import BlockPool, CacheShape
 from agd_vllm.attribution.hf_model import HFModel
 from agd_vllm.attribution.operations import operations
-from agd_vllm.attribution.regions import token_weights
+from agd_vllm.attribution.pass_tables import PassTables, make_tables
 from agd_vllm.attribution.rules import RULES, Norm
-from agd_vllm.attribution.sequence_attention import SequenceAttention
 from agd_vllm.attribution.tangent_cache import CachedSequence
-from agd_vllm.kernels import cached_attention, triton_support
-from agd_vllm.kernels.to_device import to_device
+from agd_vllm.kernels import paged_attention, triton_support
+from agd_vllm.kernels.paged_attention import PagedLayer
 
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, int | None], torch.Tensor]
-"""Layer, queries, keys, values and window to the layer's attention: see `SequenceAttention` and its faster twins."""
+LEAST_POSITIONS = 2048
+"""Of a rotary table, which grows with the longest sequence."""
 
 
 class TangentPass:
     """Pushes streams through the layers of `hf` by the rule of that name (attnlrp, cplrp or ixg).
 
-    The linear layers see the tokens of all sequences side by side, [S, N, d]; in attention each sequence has its own
-    cache.
-    The residual stream, norms, softmax and gates are float32, linear layers take the weights' dtype, and the caches
-    `cache_dtype`.
+    The linear layers see the tokens of all sequences side by side, [2, N, d]; in attention each sequence has its own
+    blocks of the cache, whose kind is `shape`.
+    The residual stream, norms, softmax and gates are float32, linear layers take the weights' dtype.
     """
 
     def __init__(self, hf: HFModel, rule: str):
@@ -34,114 +36,104 @@ class TangentPass:
         self.rule = RULES[rule]
         self.decoder = adapt(hf)
         self.ops = operations(hf, self.decoder, self.rule)
-        self.key_tangents = self.rule.scores != 0
-        self.cache_dtype = hf.unembedding.dtype
-        self._kernel = _attention_kernel(hf)
-        if hf.device.type == "cpu" and self._kernel is None:
-            # PyTorch multiplies small bfloat16 batches slower than float32 ones there.
-            self.cache_dtype = torch.float32
+        self.kernel = attention_kernel(hf.device, hf.head_dim, hf.unembedding.dtype)
+        # What PyTorch multiplies in float32 anyway is kept so on a CPU.
+        in_float = hf.device.type == "cpu" and self.kernel is paged_twin
+        self.shape = CacheShape(
+            num_layers=hf.num_layers,
+            num_kv_heads=hf.num_kv_heads,
+            head_dim=hf.head_dim,
+            key_tangents=self.rule.scores != 0,
+            dtype=torch.float32 if in_float else hf.unembedding.dtype,
+            device=hf.device,
+        )
+        self._positions = 0
+        self._attention: list[PagedLayer] = []
 
-    def extend(self, segments: Sequence[tuple[CachedSequence, int]]) -> torch.Tensor:
-        """Compute the next tokens of each sequence, for which there must be room, and add them to its cache.
+    def extend(
+        self,
+        segments: Sequence[tuple[CachedSequence, int]],
+        pool: BlockPool,
+        candidates: Sequence[Sequence[int]],
+    ) -> torch.Tensor:
+        """Compute the next tokens of each sequence, which has blocks of `pool` for them, and add them to its cache.
 
-        A segment is (sequence, count). Returns the streams of the last token of each segment after the final norm,
-        float32 [2, segments, d].
+        A segment is (sequence, count), `candidates` are the ids that may follow its last token. Returns the scores
+        S(c, R) of all of them, segment by segment, float32 [candidates] on the device.
         """
-        streams = self._embed(segments)
-        attend = self._attention(segments)
-        tables = self._rope_tables(segments)
-        ends = to_device(torch.tensor([count for _, count in segments]).cumsum(0) - 1, self.hf.device)
-        out = None
-        for index, layer in enumerate(self.decoder.layers):
-            normed = self.ops.norm(streams, layer.attention_norm, out)
-            out = self._attend(index, layer, normed, segments, attend, tables[layer.rope])
-            normed = self.ops.norm(streams, layer.mlp_norm, self._norm(out, layer.attention_output_norm))
-            gate, up = self.ops.linear(normed, layer.gate), self.ops.linear(normed, layer.up)
-            out = self.ops.linear(self.ops.gated(gate, up), layer.down)
-            out = self._norm(out, layer.mlp_output_norm)
+        longest = max(sequence.length + count for sequence, count in segments)
+        if longest > self._positions:
+            self._reach(longest)
+        tables = make_tables(segments, candidates, self.shape, self.hf.num_heads, self.kernel)
+        streams = self._embed(tables)
+        out = self.through_layers(streams, tables.batch, pool.layers)
         for sequence, count in segments:
             sequence.length += count
-        return self.ops.exact_norm(streams[:, ends] + out[:, ends], self.decoder.final_norm)
+        last = self.ops.exact_norm(streams[:, tables.last] + out[:, tables.last], self.decoder.final_norm)
+        unembedding = self.hf.unembedding[tables.candidate_ids].float()
+        return (last[1, tables.candidate_of] * unembedding).sum(-1)
 
-    def _embed(self, segments: Sequence[tuple[CachedSequence, int]]) -> torch.Tensor:
-        """Streams [S, N, d] at the input: embeddings E, and m * E for the region."""
-        tokens = [token for seq, count in segments for token in seq.tokens[seq.length : seq.length + count]]
-        ids = to_device(torch.tensor(tokens), self.hf.device)
-        weights = torch.cat([token_weights(seq.roi, seq.length, seq.length + count) for seq, count in segments])
-        weights = to_device(torch.stack([torch.ones(len(tokens)), weights]), self.hf.device)
-        return self.hf.stack.embed_tokens(ids).float() * weights[:, :, None]
+    def through_layers(self, streams: torch.Tensor, batch: Any, cache: torch.Tensor) -> torch.Tensor:
+        """All layers, whose outputs but the last one's are added to `streams` [2, N, d]; gives that, [2, N, d].
 
-    def _rope_tables(
-        self, segments: Sequence[tuple[CachedSequence, int]]
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Rotary tables by name: cos and signed sin, float32 [N, 1, D], for the tokens' positions."""
-        positions = torch.cat([torch.arange(seq.length, seq.length + count) for seq, count in segments])
-        positions = to_device(positions, self.hf.device)
-        tables = {}
-        for name in {layer.rope for layer in self.decoder.layers}:
-            cos, sin = self.decoder.rotary(name, positions)
-            low, high = sin.chunk(2, dim=-1)
-            tables[name] = cos[:, None], torch.cat((-low, high), dim=-1)[:, None]
-        return tables
+        `batch` as the attention's kernel takes it, `cache` as in `BlockPool.layers`.
+        """
+        ops, out = self.ops, None
+        for index, layer in enumerate(self.decoder.layers):
+            qkv = ops.linear(ops.norm(streams, layer.attention_norm, out), layer.qkv)
+            attended = self.kernel.attend(self._attention[index], batch, index, cache[index], qkv.flatten(0, 1))
+            out = self._norm(ops.linear(attended.unflatten(0, (2, -1)), layer.o), layer.attention_output_norm)
+            hidden = ops.gated(ops.linear(ops.norm(streams, layer.mlp_norm, out), layer.gate_up))
+            out = self._norm(ops.linear(hidden, layer.down), layer.mlp_output_norm)
+        return out
 
-    def _attention(self, segments: Sequence[tuple[CachedSequence, int]]) -> Attend:
-        rule = self.rule
-        if self._kernel is None:
-            return SequenceAttention(segments, rule)
-        caches = [(sequence.keys, sequence.values, sequence.length, count) for sequence, count in segments]
-        return self._kernel(caches, rule.scores, rule.values)
-
-    def _attend(
-        self,
-        index: int,
-        layer: Layer,
-        normed: torch.Tensor,
-        segments: Sequence[tuple[CachedSequence, int]],
-        attend: Attend,
-        table: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        """Attention of one layer, output projection included: [S, N, d] to [S, N, d]; fills the layer's cache."""
-        hf = self.hf
-        # CP-LRP holds attention weights constant: queries and keys need no tangent.
-        scored = normed if self.key_tangents else normed[:1]
-        queries = self._heads(scored, layer.q, layer.q_norm, table, layer.scaling)
-        keys = self._heads(scored, layer.k, layer.k_norm, table, 1.0)
-        values = self.ops.linear(normed, layer.v).unflatten(-1, (hf.num_kv_heads, hf.head_dim))
-        out = attend(index, queries, keys, values, layer.window)
-        offset = 0
-        for sequence, count in segments:
-            here = slice(offset, offset + count)
-            # A head of the region is a component itself: o' += o (arXiv 2509.26307), nested heads each count.
-            for head in sequence.heads.get(index, ()):
-                out[1, here, head] += out[0, here, head]
-            offset += count
-        return self.ops.linear(out.flatten(2), layer.o)
-
-    def _heads(
-        self,
-        normed: torch.Tensor,
-        projection,
-        norm: Norm | None,
-        table: tuple[torch.Tensor, torch.Tensor],
-        scale: float,
-    ) -> torch.Tensor:
-        """Rotated queries or keys, float32 [S, N, H, D]."""
-        heads = self.ops.linear(normed, projection).unflatten(-1, (-1, self.hf.head_dim))
-        return self.ops.rope(self._norm(heads, norm), table, scale)
+    def _embed(self, tables: PassTables) -> torch.Tensor:
+        """Streams [2, N, d] at the input: embeddings E, and m * E for the region."""
+        embeddings = self.hf.stack.embed_tokens(tables.ids)
+        streams = embeddings.new_empty(2, *embeddings.shape, dtype=torch.float32)
+        streams[0] = embeddings
+        torch.mul(streams[0], tables.weights[:, None], out=streams[1])
+        return streams
 
     def _norm(self, streams: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         """As they are where the architecture has no norm there."""
         return streams if norm is None else self.ops.exact_norm(streams.float(), norm)
 
+    def _reach(self, length: int) -> None:
+        """Rotary tables for sequences of that many tokens, and the layers' attention with them."""
+        self._positions = max(LEAST_POSITIONS, 1 << (length - 1).bit_length())
+        positions = torch.arange(self._positions, device=self.hf.device)
+        ropes = {}
+        for name in {layer.rope for layer in self.decoder.layers}:
+            tables = self.decoder.rotary(name, positions)
+            ropes[name] = torch.cat([table[:, : self.hf.head_dim // 2] for table in tables], -1).contiguous()
+        self._attention = [self._paged(layer, ropes[layer.rope]) for layer in self.decoder.layers]
 
-def _attention_kernel(hf: HFModel) -> Callable[..., Attend] | None:
-    """The faster twin of `SequenceAttention` for the model's device, heads and dtype, if there is one."""
-    if hf.device.type == "cpu":
-        return cached_attention.CachedAttention if cached_attention.available(hf.head_dim) else None
+    def _paged(self, layer: Layer, rope: torch.Tensor) -> PagedLayer:
+        return PagedLayer(
+            num_heads=self.hf.num_heads,
+            num_kv_heads=self.hf.num_kv_heads,
+            head_dim=self.hf.head_dim,
+            scale=layer.scaling,
+            rope=rope,
+            score_factor=self.rule.scores,
+            value_factor=self.rule.values,
+            window=layer.window,
+            query_gain=layer.q_norm and layer.q_norm.gain,
+            key_gain=layer.k_norm and layer.k_norm.gain,
+            eps=layer.q_norm.eps if layer.q_norm else 0.0,
+            through_norm=self.rule.through_norm,
+        )
+
+
+def attention_kernel(device: torch.device, head_dim: int, dtype: torch.dtype) -> ModuleType:
+    """The module whose `attend` serves the model's device, heads and dtype."""
+    if device.type == "cpu" and paged_attention.available(head_dim):
+        return paged_attention
     # On a GPU, where Triton may be missing.
-    if not triton_support.available():
-        return None
-    from agd_vllm.kernels import dual_attention, tilings
+    if device.type == "cuda" and triton_support.available():
+        from agd_vllm.kernels import paged_attention_gpu, tilings
 
-    fitting = tilings.available(hf.head_dim, hf.unembedding.dtype)
-    return dual_attention.DualAttention if fitting else None
+        if tilings.available(head_dim, dtype):
+            return paged_attention_gpu
+    return paged_twin

@@ -68,7 +68,8 @@ class AttributionWorker:
             torch.set_num_threads(len(settings.cores))
         cache_bytes = None
         if settings.gpu_share:
-            # The cache's buffers come and go, in many sizes. torch reads this when it first asks for memory.
+            # What a pass needs beside the cache comes and goes, in many sizes. torch reads this when it first asks for
+            # memory.
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
             cache_bytes = _cache_bytes(model, revision, trust_remote_code, settings)
         from agd_vllm.attribution.scorer import load_scorer

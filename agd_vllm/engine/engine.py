@@ -86,14 +86,15 @@ class Engine:
     def start(self) -> None:
         self._receiver = GateReceiver(self._trace_step)
         asyncio.get_running_loop().add_reader(self._receiver.fileno(), self._receiver.drain)
-        set_environment(self._settings.cores)
+        engine_args = self._engine_args()
+        set_environment(self._settings.cores, engine_args["dtype"])
         if self._tracer.enabled:
             os.environ[TRACE_VARIABLE] = "1"
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        args = AsyncEngineArgs(**self._engine_args())
+        args = AsyncEngineArgs(**engine_args)
         stepped = self._settings.plain and runs_v1()
         with in_this_process() if stepped else nullcontext():
             # vLLM's sizes of a batch for offline use, as in vllm.LLM.

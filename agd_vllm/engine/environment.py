@@ -10,6 +10,8 @@ from agd_vllm.engine.orphans import ACTOR_VARIABLE
 
 IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+# vLLM's names of it.
+FLOAT32 = ("float32", "float")
 
 
 def on_cpu() -> bool:
@@ -23,12 +25,15 @@ def runs_v1() -> bool:
     return on_cpu() and os.environ.get(RUNNER) != "1"
 
 
-def set_environment(cores: list[int] | None) -> None:
+def set_environment(cores: list[int] | None, dtype: str) -> None:
     """vLLM reads these when it is imported or when its worker starts; what the user has set wins. `cores`: those of its
-    threads, None leaves them to vLLM."""
+    threads, None leaves them to vLLM. `dtype`: as vLLM's argument."""
     if on_cpu():
         # Model Runner V2 needs a GPU's Triton.
         os.environ.setdefault(RUNNER, "0")
+    if dtype in FLOAT32 and not on_cpu():
+        # vLLM's attention for float32 is Triton's, whose products name no precision: TF32 unless told otherwise.
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ[ACTOR_VARIABLE] = f"{os.getpid()}"
     if cores is not None:

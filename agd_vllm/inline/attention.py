@@ -23,8 +23,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
+from agd_vllm.attribution import paged_twin
 from agd_vllm.attribution.rules import Rule
-from agd_vllm.inline import paged_twin
 from agd_vllm.kernels import paged_attention
 from agd_vllm.kernels.paged_attention import PagedLayer
 

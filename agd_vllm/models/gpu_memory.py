@@ -12,7 +12,7 @@ PROCESS_BYTES = GIB // 2
 STREAMS = 2
 # Vectors of a head that a KV cache has for each token.
 KEYS_AND_VALUES = 2
-# A worker's tangent cache is what its share leaves, less what buffers that come and go cannot use; at least so much.
+# A worker's tangent cache is what its share leaves, less what comes and goes beside it; at least so much.
 CACHE_PART, LEAST_CACHE_BYTES = 0.9, GIB
 
 

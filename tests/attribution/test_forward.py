@@ -130,9 +130,9 @@ def computed_tokens(monkeypatch, scorer: ForwardScorer) -> list[int]:
     counts: list[int] = []
     extend = scorer.tangents.extend
 
-    def counted(segments):
+    def counted(segments, *rest):
         counts.append(sum(count for _, count in segments))
-        return extend(segments)
+        return extend(segments, *rest)
 
     monkeypatch.setattr(scorer.tangents, "extend", counted)
     return counts

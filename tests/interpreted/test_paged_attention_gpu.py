@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_cases import BF16, F32, gpu_batch, make_case, make_layer
 
+from agd_vllm.attribution import paged_twin
 from agd_vllm.attribution.rules import RULES
-from agd_vllm.inline import paged_twin
 from agd_vllm.kernels import paged_attention_gpu, tilings
 from agd_vllm.kernels.paged_attention_gpu import GpuBatch
 from agd_vllm.kernels.tilings import Tiling

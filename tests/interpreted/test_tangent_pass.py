@@ -9,8 +9,7 @@ import torch
 from agd_vllm.attribution import forward, tangent_pass
 from agd_vllm.attribution.forward import ForwardScorer
 from agd_vllm.attribution.operations import FusedOperations
-from agd_vllm.kernels import streams_triton
-from agd_vllm.kernels.dual_attention import DualAttention
+from agd_vllm.kernels import paged_attention_gpu, streams_triton
 from agd_vllm.records import Roi, ScoreRequest, Span
 
 sys.path.append(str(Path(__file__).parent.parent / "attribution"))
@@ -24,7 +23,7 @@ def test_scores_are_those_of_the_other_kernels(tmp_path, monkeypatch, name, rule
     expected = ForwardScorer(model, rule=rule)
     monkeypatch.setattr(tangent_pass, "operations", lambda _hf, *model: FusedOperations(*model, streams_triton))
     scorer = ForwardScorer(model, rule=rule)
-    scorer.tangents._kernel = DualAttention
+    scorer.tangents.kernel = paged_attention_gpu
     torch.manual_seed(0)
     rows = torch.randint(3, tiny.VOCABULARY, (2, 22)).tolist()
     roi = Roi((Span(2, 9), Span(12, 15, -0.5)))

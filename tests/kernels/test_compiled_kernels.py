@@ -32,7 +32,7 @@ def test_it_is_compiled_once_and_nothing_else_is_left(tmp_path):
     (library,) = libraries(tmp_path)
     written = library.stat().st_mtime_ns
     compiled.library.cache_clear()
-    assert compiled.library().agd_rope
+    assert compiled.library().agd_gated
     assert libraries(tmp_path) == [library] and library.stat().st_mtime_ns == written
 
 
@@ -40,7 +40,7 @@ def test_a_damaged_library_is_compiled_anew(tmp_path):
     library = tmp_path / "agd-vllm" / f"kernels-{compiled._key()}.so"
     library.parent.mkdir()
     library.write_bytes(b"")
-    assert compiled.library().agd_rope
+    assert compiled.library().agd_gated
     assert library.stat().st_size > 0
 
 
@@ -73,7 +73,7 @@ def test_no_kernel_reads_or_writes_beside_its_tensors(tmp_path):
     program = "from agd_vllm.kernels import compiled; compiled.available()"
     subprocess.run([sys.executable, "-c", program], env=environment, cwd=CHECKOUT, capture_output=True, timeout=200)
     assert list((tmp_path / "agd-vllm").glob("*.so"))
-    names = ("kernels/test_gate_kernel", "attribution/test_cached_attention", "inline/test_paged_attention")
+    names = ("kernels/test_gate_kernel", "inline/test_paged_attention")
     files = [str(CHECKOUT / "tests" / f"{name}.py") for name in (*names, "attribution/test_streams")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *files]
     environment["LD_PRELOAD"] = runtime.strip()
@@ -88,7 +88,7 @@ def test_without_a_folder_to_keep_it_in_it_is_used_all_the_same(tmp_path, monkey
         monkeypatch.setattr(compiled.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     else:
         (tmp_path / "agd-vllm").write_text("")
-    assert compiled.library().agd_rope
+    assert compiled.library().agd_gated
 
 
 def test_without_a_compiler_it_says_so_once(monkeypatch, caplog):

@@ -1,5 +1,5 @@
-"""The paged attention of `agd_vllm.kernels.paged_attention` in PyTorch, one sequence after another: where there is no
-C compiler."""
+"""The paged attention of `agd_vllm.kernels.paged_attention` in PyTorch, one sequence after another, each
+gathered from its pages: where no kernel serves. Of a batch, `lengths` and `counts` lie on the host."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def attend(layer: PagedLayer, batch: PagedBatch, index: int, cache: torch.Tensor
         size = max(1, SCORE_ELEMENTS // (layer.num_heads * max(end, 1)))
         for start in range(0, count, size):
             rows = slice(row + start, row + min(start + size, count))
-            positions = torch.arange(length + start, length + min(start + size, count))
+            positions = torch.arange(length + start, length + min(start + size, count), device=cache.device)
             out[:, rows] = _attend(queries[:, rows], cached[:, :, : int(positions[-1]) + 1], positions, layer, rule)
         row += count
     if batch.heads is not None:
@@ -58,7 +58,7 @@ def _attend(
 ) -> torch.Tensor:
     """Queries [streams, n, H, D] at `positions` to [2, n, H, D]; cached [K, planes, L, D]."""
     streams, first = len(queries), max(0, int(positions[0]) + 1 - layer.window) if layer.window else 0
-    seen = torch.arange(first, cached.shape[2])
+    seen = torch.arange(first, cached.shape[2], device=cached.device)
     hidden = seen > positions[:, None]
     if layer.window:
         hidden |= seen <= positions[:, None] - layer.window
