@@ -12,6 +12,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 SHAPES = {
+    # To try a benchmark with.
+    "tiny": LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=49152,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+    ),
     "llama-3.1-8b": LlamaConfig(
         hidden_size=4096,
         intermediate_size=14336,

@@ -33,18 +33,20 @@ TABLES |= {"slots": "i64", "positions": "i64"}
 COUNTS = {name: "i32" for name in ("candidate_ids", "candidate_counts", "table", "starts", "ends", "set_of")}
 
 
-def build(function, gpu: int, pointers: tuple[str, ...], constants: dict, half: tuple[str, ...] = (), **options):
+def build(
+    function, gpu: int, pointers: tuple[str, ...], constants: dict, half: tuple[str, ...] = (), name="", **options
+) -> None:
     """`pointers`: the arguments that are tensors, of them bfloat16 `half`; the others are numbers, as in a call."""
     signature, aligned = {}, {}
-    for index, name in enumerate(function.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in pointers:
-            signature[name] = "*" + ("bf16" if name in half else (TABLES | COUNTS).get(name, "fp32"))
+    for index, argument in enumerate(function.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in pointers:
+            signature[argument] = "*" + ("bf16" if argument in half else (TABLES | COUNTS).get(argument, "fp32"))
             aligned[(index,)] = ALIGNED
         else:
-            signature[name] = "fp32" if name in NUMBERS else "i32"
-            if name in MULTIPLES_OF_16:
+            signature[argument] = "fp32" if argument in NUMBERS else "i32"
+            if argument in MULTIPLES_OF_16:
                 aligned[(index,)] = ALIGNED
     source = ASTSource(function, signature=signature, constexprs=constants, attrs=aligned)
     kernel = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options=options)
@@ -56,7 +58,7 @@ def build(function, gpu: int, pointers: tuple[str, ...], constants: dict, half: 
         command = [get_ptxas(gpu).path, "-v", f"--gpu-name={arch}", file.name, "-o", "/dev/null"]
         told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     result = {
-        "kernel": function.__name__,
+        "kernel": name or function.__name__,
         "gpu": gpu,
         "registers": int(re.search(r"Used (\d+) registers", told)[1]),
         "spilled_bytes": int(re.search(r"(\d+) bytes spill stores", told)[1]),
@@ -118,6 +120,7 @@ def paged_attention(gpu: int, head_dim: int) -> None:
                 **paged,
             },
             halves,
+            name="decode" if single else "attend",
             num_warps=tiling.warps,
             num_stages=2 * tiling.stages - 1 if single else tiling.stages,
         )

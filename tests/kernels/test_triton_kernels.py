@@ -34,11 +34,11 @@ def test_they_compile_for_gpus_and_fit_them():
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert {(kernel["kernel"], kernel["gpu"]) for kernel in kernels} == {
         *((name, 90) for name in ("_measure", "_decide", "_rms_norm", "_gated")),
-        *((name, gpu) for name in ("attend", "combine", "prepare") for gpu in (80, 90)),
+        *((name, gpu) for name in ("attend", "decode", "combine", "prepare") for gpu in (80, 90)),
     }
     for kernel in kernels:
         assert kernel["shared_bytes"] <= kernel["shared_limit"], kernel
-        assert kernel["spilled_bytes"] <= 1024, kernel
+        assert kernel["spilled_bytes"] <= (0 if kernel["kernel"] == "decode" else 1024), kernel
         if kernel["kernel"] not in ("_decide", "combine", "prepare"):
             assert kernel["widest_load"] == 128, kernel
 
