@@ -16,6 +16,7 @@ from agd_vllm.commands.lm_eval import lm_eval
 from agd_vllm.commands.model import model
 from agd_vllm.commands.process import OTHER, UNUSABLE
 from agd_vllm.commands.report import report
+from agd_vllm.commands.vectors import vectors
 from agd_vllm.pipeline.signals import as_interrupt
 from agd_vllm.version import __version__
 
@@ -26,7 +27,7 @@ def cli() -> None:
     """Attribution-guided decoding (AGD) of whole datasets on vLLM and Ray."""
 
 
-for command in (decode, evaluate, report, attribute, calibrate, heads, lm_eval, model):
+for command in (decode, evaluate, report, attribute, calibrate, heads, vectors, lm_eval, model):
     cli.add_command(command)
 
 

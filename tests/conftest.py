@@ -62,7 +62,8 @@ def prepared_demo_rows(model: Path, count: int, max_tokens: int) -> list[Prepare
 def plain_vllm(
     model: Path, rows: Iterable[tuple[list[int], dict[str, Any]]], output: Path, **engine_args: Any
 ) -> list[dict[str, Any]]:
-    """Greedy outputs of plain `vllm.LLM` in float32: token_ids, text and finish_reason of each (prompt, parameters)."""
+    """Greedy outputs of plain `vllm.LLM` in float32: token_ids, text, finish_reason and
+    where they are asked for logprobs of each (prompt, parameters)."""
     job = {
         "model": str(model),
         "engine_args": {"dtype": "float32", **ENGINE_ARGS, **engine_args},

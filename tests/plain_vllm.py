@@ -13,5 +13,13 @@ if __name__ == "__main__":
     params = [SamplingParams(temperature=0.0, **row["params"]) for row in job["rows"]]
     outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
     with open(job["output"], "w") as file:
-        fields = ({"token_ids": list(o.token_ids), "text": o.text, "finish_reason": o.finish_reason} for o in outputs)
+        fields = (
+            {
+                "token_ids": list(o.token_ids),
+                "text": o.text,
+                "finish_reason": o.finish_reason,
+                "logprobs": [{token: found.logprob for token, found in step.items()} for step in o.logprobs or ()],
+            }
+            for o in outputs
+        )
         json.dump(list(fields), file)

@@ -14,7 +14,7 @@ LEVELS = [
     ("input", "prompts"),
     ("output", "models"),
     ("attribution", "engine"),
-    ("inline", "dola"),
+    ("inline", "dola", "steering"),
     ("pipeline",),
     ("evaluation", "reporting"),
     ("commands",),

@@ -9,6 +9,7 @@ from agd_vllm.records import ScoreRequest
 
 SCORERS = ("forward", "lxt")
 RULES = ("attnlrp", "cplrp", "ixg")
+INTEGRATED = "ig"
 
 
 class Scorer(Protocol):
@@ -43,11 +44,16 @@ def load_scorer(
     """Load a scorer by its name on the command line. Only that scorer's module is imported.
 
     `forward`: forward-mode tangents with a cache of at most `cache_bytes` (default: an eighth of the device's memory).
-    `lxt`: the reference, reverse mode; it keeps no cache. `loading`: as for `hf_model.load_model`. Raises ValueError
-    for an unknown name or rule and for a model that attribution cannot read.
+    `lxt`: the reference, reverse mode; it keeps no cache, and with rule `ig` gives relevance, not scores. `loading`: as
+    for `hf_model.load_model`. Raises ValueError for an unknown name or rule and for a model that attribution cannot
+    read.
     """
     if name not in SCORERS:
         raise ValueError(f"unknown scorer {name!r}; known: {', '.join(SCORERS)}")
+    if name == "lxt" and rule == INTEGRATED:
+        from agd_vllm.attribution.integrated_gradients import IntegratedGradients
+
+        return IntegratedGradients(model_path, **loading)
     if rule not in RULES:
         raise ValueError(f"unknown attribution rule {rule!r}; known: {', '.join(RULES)}")
     if name == "lxt":

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AttributionSettings:
-    """What a worker is started with. `scorer` is `forward` or `lxt`, `rule` is `attnlrp`, `cplrp` or `ixg`.
+    """What a worker is started with. `scorer` is `forward` or `lxt`, `rule` is `attnlrp`, `cplrp` or `ixg`,
+    for `lxt` `ig` too.
 
     `cores`: the CPU cores that it runs on (CPU only; None leaves it to torch). `gpu_share`: its part of a GPU, 0
     without one.

@@ -68,6 +68,8 @@ def decode(
                         at every step (arXiv 2305.14739)
       dola              the token that the last layer makes more probable than an earlier layer (--dola-layers), at
                         every step; regions are ignored (arXiv 2309.03883)
+      steer             the most probable token of a model whose streams have a vector added (--steering), at every
+                        step; regions are ignored (arXiv 2507.18043)
       emphasize         the most probable token, with the region said again at the end of the last user message
       random-candidate  a control for agd: the same uncertain steps and candidates, chosen at random (--seed)
     """

@@ -24,8 +24,8 @@ from agd_vllm.evaluation.suites import SUITES
     "--strategies",
     required=True,
     metavar="NAME[:KEY=VALUE...],...",
-    help="For example greedy,agd,agd:tau=0:rule=ixg,dola:dola-layers=2+4. Keys are options of decode; roi and "
-    "roi-heads take the place of the rows' own region.",
+    help="For example greedy,agd,agd:tau=0:rule=ixg,dola:dola-layers=2+4,steer:steering=v.safetensors. Keys are "
+    "options of decode; roi and roi-heads take the place of the rows' own region.",
 )
 @shared.limit_option
 @click.option(

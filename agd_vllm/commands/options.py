@@ -59,7 +59,7 @@ limit_option = click.option("--limit", type=int, callback=at_least_one, help="On
 strategy_options = _together(
     click.option(
         "--strategy",
-        type=click.Choice(["agd", "greedy", "cad", "dola", "emphasize", "random-candidate"]),
+        type=click.Choice(["agd", "greedy", "cad", "dola", "steer", "emphasize", "random-candidate"]),
         default="agd",
         show_default=True,
         help="How the next token is chosen: see above.",
@@ -87,11 +87,29 @@ strategy_options = _together(
         help="For dola: of tokens with this share of the greatest probability; 1 is greedy.",
     ),
     click.option(
+        "--steering",
+        metavar="FILE",
+        help="For steer: vectors by layer, which `agd-vllm vectors` makes; local or any fsspec URL.",
+    ),
+    click.option(
+        "--steering-strength",
+        type=float,
+        default=1.0,
+        show_default=True,
+        help="For steer: how often the vector is added; 0 is greedy, below 0 away from what it stands for.",
+    ),
+    click.option(
+        "--steering-norm/--no-steering-norm",
+        default=True,
+        show_default=True,
+        help="For steer: whether each token's stream keeps its length.",
+    ),
+    click.option(
         "--repetition-penalty",
         type=float,
         default=1.0,
         show_default=True,
-        help="For greedy, dola and emphasize: scores of tokens that the prompt or the answer holds are divided by it, "
+        help="For greedy, dola, steer and emphasize: scores of tokens that prompt or answer hold are divided by it, "
         "negative ones multiplied (the published DoLa scripts take 1.2).",
     ),
 )

@@ -1,4 +1,4 @@
-"""Strategies to compare: NAME[:KEY=VALUE...], each a set of decoder options of its own."""
+"""Strategies to compare: NAME[:KEY=VALUE...], each a set of decoder options of its own; a value may hold colons."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from agd_vllm.pipeline.strategies import Agd
 
 # What is the whole evaluation's, not a strategy's: quality is measured under one model, and the rest is its output.
 NOT_A_KEY = ("model", "strategy", "engine_args", "chat_template_kwargs", "log_json", "trace", "debug")
+
+_KEY = re.compile("[A-Za-z][A-Za-z_-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +51,17 @@ def parse_strategies(text: str, options: DecoderOptions) -> list[Strategy]:
 def _parse(item: str, options: DecoderOptions) -> Strategy:
     name, *settings = item.split(":")
     values: dict[str, str] = {}
+    last = ""
     for setting in settings:
         key, equals, value = setting.partition("=")
-        if not equals:
+        if equals and _KEY.fullmatch(key):
+            last = key.replace("-", "_")
+            values[last] = value
+        elif last:
+            # A value may hold colons, as URLs do.
+            values[last] += f":{setting}"
+        else:
             raise ValueError(f"--strategies {item}: {setting!r} is not KEY=VALUE")
-        values[key.replace("-", "_")] = value
     try:
         typed = typed_options(values)
         if name == Agd.name and typed.get("scorer", options.scorer) == INLINE:

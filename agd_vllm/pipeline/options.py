@@ -19,13 +19,14 @@ from agd_vllm.pipeline.strategies import (
     Greedy,
     InlineAgd,
     RandomCandidate,
+    Steer,
     Strategy,
 )
 
 DTYPES = ("auto", "float32", "bfloat16")
 INLINE = "inline"
 # Whose tokens are the most probable ones by what vLLM's sampler sees.
-PENALIZED = (Greedy.name, Dola.name, Emphasize.name)
+PENALIZED = (Greedy.name, Dola.name, Steer.name, Emphasize.name)
 SCORERS = (*WORKER_SCORERS, INLINE)
 
 
@@ -45,6 +46,9 @@ class DecoderOptions:
     cad_alpha: float = 0.5
     dola_layers: str = "low"
     dola_relative_top: float = 0.1
+    steering: str | None = None
+    steering_strength: float = 1.0
+    steering_norm: bool = True
     repetition_penalty: float = 1.0
     entropies: bool = False
     engines: int = 1
@@ -91,6 +95,20 @@ class DecoderOptions:
             (
                 0 <= self.dola_relative_top <= 1,
                 f"dola_relative_top {self.dola_relative_top}: must lie between 0 and 1",
+            ),
+            (
+                self.steering is None or self.strategy == Steer.name,
+                f"steering: strategy {self.strategy} cannot be steered"
+                + (" (attribution would explain a model that is not)" if self.strategy == Agd.name else "")
+                + "; leave it out, or take strategy steer",
+            ),
+            (
+                self.steering or self.strategy != Steer.name,
+                "steering is missing; name a file of vectors for strategy steer (`agd-vllm vectors` makes one)",
+            ),
+            (
+                math.isfinite(self.steering_strength),
+                f"steering_strength {self.steering_strength}: must be a finite number",
             ),
             (
                 self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty),
@@ -159,6 +177,7 @@ class DecoderOptions:
             Cad.name: Cad(self.cad_alpha),
             Emphasize.name: Emphasize(),
             Dola.name: Dola(self.dola_layers, self.dola_relative_top),
+            Steer.name: Steer(self.steering, self.steering_strength, self.steering_norm),
             RandomCandidate.name: RandomCandidate(self.seed),
         }
         return made[self.strategy]

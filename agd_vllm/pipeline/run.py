@@ -142,6 +142,7 @@ def run_identity(settings: RunSettings, decoder: Decoder) -> dict[str, Any]:
         "inputs": [fingerprint(source) for source in settings.inputs],
         **parameters,
         "roi_heads": [list(head) for head in decoder.roi_heads],
+        "steering": fingerprint(options.steering) if options.steering else None,
         **({"given_answers": True} if settings.given_answers else {}),
     }
 

@@ -20,6 +20,7 @@ from agd_vllm.models.gpu_memory import KEYS_AND_VALUES
 from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.pipeline.row_decoding import RowDecoding
 from agd_vllm.records import Gate, GuidedStep, PreparedRow, Roi, RowRefused
+from agd_vllm.steering.arguments import engine_args as steering_engine_args
 
 
 class Strategy(ABC):
@@ -273,6 +274,25 @@ class Dola(Strategy):
 
 
 @dataclass(frozen=True, slots=True)
+class Steer(Strategy):
+    """Greedy, with `strength` times the vectors of a `file` added to the streams of their layers; with `norm` a token's
+    stream keeps its length (arXiv 2507.18043)."""
+
+    file: str
+    strength: float = 1.0
+    norm: bool = True
+    name = "steer"
+    regions = False
+    pauses = False
+
+    def engine_args(self, model: ModelInfo, dtype: str, given: dict[str, Any]) -> dict[str, Any]:
+        return steering_engine_args(model, self.file, self.strength, self.norm, given)
+
+    async def decode(self, decoding: RowDecoding) -> str:
+        return await Greedy().decode(decoding)
+
+
+@dataclass(frozen=True, slots=True)
 class Emphasize(Strategy):
     """Greedy, with the region said again at the end of the last user message: AGD's baseline without attribution."""
 
@@ -292,5 +312,5 @@ def prompt_without_region(row: PreparedRow) -> list[int]:
 
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    each.name: each for each in (Agd, Greedy, Cad, Dola, Emphasize, RandomCandidate)
+    each.name: each for each in (Agd, Greedy, Cad, Dola, Steer, Emphasize, RandomCandidate)
 }

@@ -287,7 +287,8 @@ def test_relevance_adds_up_to_the_scores_that_guided_a_real_run(decoded_run):
     assert compared > 8  # some steps changed the token
 
 
-def test_a_given_answer_is_attributed_token_by_token(smollm2, tmp_path):
+@pytest.mark.parametrize("rule", ["cplrp", pytest.param("ig", marks=pytest.mark.long)])
+def test_a_given_answer_is_attributed_token_by_token(smollm2, tmp_path, rule):
     """What each relevance explains is the logit that plain Transformers computes there."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -297,7 +298,7 @@ def test_a_given_answer_is_attributed_token_by_token(smollm2, tmp_path):
         "messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The keeper."}],
     }
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + '{"id": "b"}\n')
-    arguments = ("--model", smollm2, "--output", tmp_path / "out", "--dtype", "float32", "--rule", "cplrp")
+    arguments = ("--model", smollm2, "--output", tmp_path / "out", "--dtype", "float32", "--rule", rule)
     done = attribute(tmp_path / "rows.jsonl", *arguments)
     assert done.returncode == 3, done.stderr
     assert "Traceback" not in done.stderr
@@ -311,5 +312,8 @@ def test_a_given_answer_is_attributed_token_by_token(smollm2, tmp_path):
     for (_, step, token), relevance in found.items():
         assert relevance["logit"] == pytest.approx(logits[prompt + step - 1, token].item(), abs=1e-3)
         assert len(relevance["relevance"]) == prompt + step
-        # CP-LRP conserves, as the model has no biases.
-        assert sum(relevance["relevance"]) == pytest.approx(relevance["logit"], abs=1e-3)
+        if rule == "cplrp":
+            # CP-LRP conserves, as the model has no biases.
+            assert sum(relevance["relevance"]) == pytest.approx(relevance["logit"], abs=1e-3)
+    described = json.loads((tmp_path / "out/relevance.json").read_text())
+    assert (described["rule"], described["steps"]) == (rule, len(answer.token_ids))

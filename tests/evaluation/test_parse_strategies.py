@@ -22,6 +22,14 @@ def test_keys_are_options_of_the_decoder():
     assert [strategy.names_region for strategy in (greedy, plain, own, heads)] == [False, False, False, True]
 
 
+def test_a_value_may_hold_colons():
+    (url,) = parse_strategies("steer:steering=s3://b/v.safetensors:steering-strength=2", BASE)
+    assert (url.options.steering, url.options.steering_strength) == ("s3://b/v.safetensors", 2.0)
+    assert url.folder == "steer-steering-s3---b-v-safetensors-steering-strength-2"
+    (query,) = parse_strategies("steer:steering-norm=false:steering=http://h:80/v?a=b", BASE)
+    assert (query.options.steering, query.options.steering_norm) == ("http://h:80/v?a=b", False)
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [
@@ -35,6 +43,10 @@ def test_keys_are_options_of_the_decoder():
         ("agd:model=other", "unknown key 'model'"),
         ("agd:rule=lrp", "rule 'lrp'"),
         ("agd:tau=0,agd:tau:0", "'tau' is not KEY=VALUE"),
+        ("agd:tau=0:temperature=1", "unknown key 'temperature'"),
+        ("steer", "steering is missing; name a file of vectors"),
+        ("agd:steering=v", "strategy agd cannot be steered"),
+        ("steer:steering=v:steering-strength=inf", "steering_strength inf"),
         ("agd,agd", "share the folder"),
     ],
 )

@@ -1,0 +1,77 @@
+"""What vLLM is started with for steering, and what a file of vectors must be for a model."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import AutoConfig
+
+from agd_vllm.models.inspect import ModelInfo
+from agd_vllm.steering.vector_file import SteeringVectors, absolute, read_vectors
+
+CONFIG = "agd_steering"
+CLASSES = {
+    name: f"agd_vllm.steering.models:Steered{name}"
+    for name in ("Gemma3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+}
+# Engine arguments that it has no code for, and the values that ask for nothing.
+WITHOUT = {
+    "pipeline_parallel_size": 1,
+    "enable_lora": False,
+    "model_class_overrides": {},
+    "additional_config": {},
+}
+
+
+def engine_args(model: ModelInfo, file: str, strength: float, norm: bool, given: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's engine arguments beside the `given` ones.
+
+    Raises ValueError, in one line, for a model, a file or arguments that it has no code for (InputUnusable for a file
+    that cannot be opened).
+    """
+    for key, nothing in WITHOUT.items():
+        if given.get(key, nothing) != nothing:
+            raise ValueError(f"--engine-arg {key}: strategy steer does not work with it; leave it out")
+    config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    name = next((name for name in config.architectures or () if name in CLASSES), None)
+    if name is None:
+        named = ", ".join(config.architectures or ("an unnamed architecture",))
+        raise ValueError(f"strategy steer: {named} has no class that steers; it runs {', '.join(CLASSES)}")
+    vectors = read_vectors(file)
+    check_vectors(file, vectors, model, config.hidden_size)
+    settings = {"file": absolute(file), "digest": vectors.digest, "strength": strength, "norm": norm}
+    return {
+        "model_class_overrides": {name: CLASSES[name]},
+        # Part of the key of vLLM's compile cache, and so is the digest: files may change under their names.
+        "additional_config": {CONFIG: settings},
+    }
+
+
+def check_vectors(file: str, vectors: SteeringVectors, model: ModelInfo, width: int) -> None:
+    """Raises ValueError, in one line, for vectors of another model than one of `width` features."""
+    if not _same_model(vectors.model, model.path):
+        raise ValueError(
+            f"--steering {file}: its vectors are of the model {vectors.model}, not of {model.path}; make them of this "
+            "one with `agd-vllm vectors`"
+        )
+    check_layers("--steering", vectors.layers, model.num_layers)
+    for number, vector in vectors.layers.items():
+        if len(vector) != width:
+            raise ValueError(
+                f"--steering {file}: layer {number} has {len(vector)} features, those of {model.path} have {width}; "
+                "make vectors of this model with `agd-vllm vectors`"
+            )
+
+
+def check_layers(option: str, numbers: Any, num_layers: int) -> None:
+    """Raises ValueError, in one line, for the number of a layer that the model does not have."""
+    for number in numbers:
+        if not 0 <= number < num_layers:
+            raise ValueError(f"{option}: no layer {number}; the model has layers 0 to {num_layers - 1}")
+
+
+def _same_model(made_of: str, path: str) -> bool:
+    """Whether two names are of one model: folders move, and a hub id may lie in one of its name."""
+    last = [os.path.basename(os.path.realpath(name)) for name in (made_of, path)]
+    return made_of == path or last[0] == last[1]

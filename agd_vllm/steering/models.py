@@ -1,0 +1,64 @@
+"""The model classes that vLLM is given, by `model_class_overrides`, in the place of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+
+from agd_vllm.steering.arguments import CONFIG
+from agd_vllm.steering.rule import steered
+from agd_vllm.steering.vector_file import read_vectors
+
+
+class Steered:
+    """Comes before a causal language model of vLLM's, whose layers it hooks: in its constructor, before anything is
+    compiled."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        settings = vllm_config.additional_config[CONFIG]
+        vectors = read_vectors(settings["file"])
+        if vectors.digest != settings["digest"]:
+            raise ValueError(f"--steering {settings['file']}: the file has changed since the run began; run again")
+        device = next(self.parameters()).device
+        for number, vector in vectors.layers.items():
+            _steer(self.model.layers[number], (settings["strength"] * vector).to(device), settings["norm"])
+
+
+def _steer(layer: nn.Module, offset: torch.Tensor, norm: bool) -> None:
+    layer.register_buffer("steering_offset", offset, persistent=False)
+
+    def hook(layer: nn.Module, _inputs: tuple, output: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+        # A layer of vLLM's gives its stream as a sum of two, and the next one adds them.
+        hidden, residual = output
+        stream = steered(hidden.float() + residual.float(), layer.steering_offset, norm)
+        # All of it in one: taking the residual off again would round in bfloat16.
+        return stream.to(hidden.dtype), torch.zeros_like(residual)
+
+    layer.register_forward_hook(hook)
+
+
+class SteeredGemma3ForCausalLM(Steered, Gemma3ForCausalLM):
+    pass
+
+
+class SteeredLlamaForCausalLM(Steered, LlamaForCausalLM):
+    pass
+
+
+class SteeredMistralForCausalLM(Steered, MistralForCausalLM):
+    pass
+
+
+class SteeredQwen2ForCausalLM(Steered, Qwen2ForCausalLM):
+    pass
+
+
+class SteeredQwen3ForCausalLM(Steered, Qwen3ForCausalLM):
+    pass

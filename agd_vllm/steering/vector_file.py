@@ -1,0 +1,105 @@
+"""The file of steering vectors: safetensors, `layer.<i>` [d] float32, with method, model and digest as metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import safetensors
+import torch
+from safetensors.torch import load, save
+
+from agd_vllm.input.files import unusable
+from agd_vllm.output.storage import OutputDirectory
+
+_NAME = re.compile(r"layer\.(0|[1-9][0-9]*)")
+METADATA = ("method", "model", "digest")
+
+
+@dataclass(frozen=True, slots=True)
+class SteeringVectors:
+    """`layers`: number of a decoder layer, from 0, to the vector [d], float32, for the stream that leaves it.
+
+    `method` and `model` say what made them and of which model, as it was named.
+    """
+
+    layers: Mapping[int, torch.Tensor]
+    method: str
+    model: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of names and values (little-endian float32), layer by layer, in hexadecimal."""
+        found = hashlib.sha256()
+        for number in sorted(self.layers):
+            values = self.layers[number].contiguous().numpy().astype("<f4").tobytes()
+            found.update(f"layer.{number}:{len(values)}:".encode() + values)
+        return found.hexdigest()
+
+
+def check_place(path: str) -> None:
+    """Makes the folder of a file to write. Raises OutputFailed where it cannot, ValueError where the file is one."""
+    folder, _ = _folder_and_name(path)
+    OutputDirectory(folder).make_folder("")
+    if path.endswith("/") or Path(path).is_dir():
+        raise ValueError(f"--output {path}: that is a folder; name a file")
+
+
+def write_vectors(path: str, vectors: SteeringVectors) -> None:
+    """Puts the file into place at once. Raises OutputFailed, in one line."""
+    folder, name = _folder_and_name(path)
+    named = {f"layer.{number}": vector.contiguous() for number, vector in sorted(vectors.layers.items())}
+    metadata = {"method": vectors.method, "model": vectors.model, "digest": vectors.digest}
+    OutputDirectory(folder).write(name, save(named, metadata))
+
+
+def read_vectors(path: str) -> SteeringVectors:
+    """Reads a path or URL. Raises ValueError (InputUnusable where it cannot be opened), in one line, for what is no
+    file of steering vectors, or a damaged one."""
+    with unusable(path):
+        fs, name = fsspec.url_to_fs(path)
+        data = fs.cat_file(name)
+    try:
+        tensors = load(data)
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise _unreadable(path, "not a safetensors file") from error
+    for key in METADATA:
+        if key not in metadata:
+            raise _unreadable(path, f"its metadata names no {key}")
+    layers = {}
+    for name, vector in tensors.items():
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise _unreadable(path, f"{name!r} is no layer.<i>")
+        if vector.dtype != torch.float32 or vector.ndim != 1:
+            shown = f"{str(vector.dtype).removeprefix('torch.')} {list(vector.shape)}"
+            raise _unreadable(path, f"{name} is {shown}, and should be float32 [d]")
+        if not vector.isfinite().all():
+            raise _unreadable(path, f"{name} holds numbers that are not finite")
+        layers[int(match[1])] = vector
+    if not layers:
+        raise _unreadable(path, "it holds no layer")
+    vectors = SteeringVectors(layers, metadata["method"], metadata["model"])
+    if vectors.digest != metadata["digest"]:
+        raise _unreadable(path, "its digest is not that of its vectors, so it is damaged")
+    return vectors
+
+
+def absolute(path: str) -> str:
+    """The path or URL for a process that may stand in another folder."""
+    return path if "://" in path else str(Path(path).absolute())
+
+
+def _folder_and_name(path: str) -> tuple[str, str]:
+    folder, slash, name = path.rpartition("/")
+    return folder or slash or ".", name
+
+
+def _unreadable(path: str, reason: str) -> ValueError:
+    return ValueError(f"--steering {path}: {reason}; give a file that `agd-vllm vectors` has written")
