@@ -180,7 +180,6 @@ def test_nan_scores_fall_back_to_the_greedy_token_and_are_counted(engine, rows, 
     ("scheduling", "count", "max_tokens"),
     [
         ("one step at a time", 4, 12),
-        pytest.param("one step at a time", 6, 24, marks=pytest.mark.long),
         pytest.param("async", 6, 24, marks=pytest.mark.long),
     ],
 )
