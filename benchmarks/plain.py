@@ -22,8 +22,9 @@ INLINE = "agd_inline"
 # What was reported last is taken by then.
 REPORTS_S = 0.1
 SHUTDOWN_S = 20
-# vLLM's worker spins for a second or two after its last step; whoever has the next turn on its core waits that long.
-REST_S = 3.0
+# On a CPU vLLM's worker spins for a second or two after its last step; whoever has the next turn on its core waits that
+# long.
+REST_S = 0.0 if torch.cuda.is_available() else 3.0
 
 # Of a GPU's memory, what vLLM must find free when it starts.
 GPU_MEMORY_UTILIZATION = 0.3
