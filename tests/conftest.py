@@ -119,7 +119,8 @@ class EngineThread:
 
     def __init__(self, model: Path, processors: tuple[str, ...] = (), plain: bool = False, **engine_args: Any):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        from agd_vllm.engine.engine import Engine, EngineSettings, GateSettings
+        from agd_vllm.engine.engine import Engine
+        from agd_vllm.engine.settings import EngineSettings, GateSettings
         from agd_vllm.models.inspect import inspect_model
         from agd_vllm.trace import Tracer
 
@@ -148,7 +149,7 @@ class EngineThread:
 
     def decode(self, rows: list[PreparedRow], pool=None, strategy=None, **gate: float):
         """Decodes rows side by side under a gate of these settings; exceptions come as results."""
-        from agd_vllm.engine.engine import GateSettings
+        from agd_vllm.engine.settings import GateSettings
         from agd_vllm.faults import FaultLog
         from agd_vllm.pipeline.row_loop import decode_row
         from agd_vllm.pipeline.strategies import AGD

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import asynccontextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -20,6 +20,7 @@ from agd_vllm.engine.channel import TRACE_VARIABLE, EngineStep, GateReceiver
 from agd_vllm.engine.environment import in_this_process, on_cpu, runs_v1, set_environment
 from agd_vllm.engine.gpu import check_gpu
 from agd_vllm.engine.occupancy import Occupancy
+from agd_vllm.engine.settings import EngineSettings, GateSettings
 from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.records import PreparedRow, RowRefused
 from agd_vllm.trace import Tracer
@@ -34,40 +35,6 @@ GATE_PROCESSORS = {
 }
 CONTRAST_PROCESSOR = "agd_vllm.engine.contrast:ContrastProcessor"
 ENTROPY_PROCESSOR = "agd_vllm.engine.entropies:EntropyProcessor"
-
-
-@dataclass(frozen=True, slots=True)
-class GateSettings:
-    """AGD's gate: threshold `tau` in nats, candidate set size `top_k`, candidate floor `min_prob` (pi_min)."""
-
-    tau: float = 1.734
-    top_k: int = 5
-    min_prob: float = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """What an engine is started with; `engine_args` go to vLLM's AsyncEngineArgs as they are and win.
-
-    `cores`: the CPU cores that vLLM's threads are bound to (CPU only; None leaves it to vLLM). `deadline_s`: a session
-    that gives no token for so long, while others do, is opened anew; it must bear the prefill of many long prompts.
-    `plain`: rows are plain requests, which never pause; no gate is installed then. `processors`: logits processors
-    beside the gate. `repetition_penalty` as in vLLM's SamplingParams, of
-    prompt and output, for rows without gate and contrast. `kv_planes`: vectors of each head that the KV cache has for a
-    token, more than keys and values where tangents are beside them.
-    """
-
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    seed: int = 0
-    trust_remote_code: bool = False
-    deadline_s: float = 1200.0
-    processors: tuple[str, ...] = ()
-    plain: bool = False
-    repetition_penalty: float = 1.0
-    kv_planes: int = 2
-    cores: list[int] | None = None
-    engine_args: dict[str, Any] = field(default_factory=dict)
 
 
 class Engine:
@@ -157,6 +124,12 @@ class Engine:
             # A pair of rows is resumed together: with it one of them would run ahead.
             args["async_scheduling"] = False
         return args
+
+    async def serve(self, gate: GateSettings, repetition_penalty: float) -> None:
+        """Goes on with these settings, as if it had been started with them: no prefix is cached from before."""
+        self._gate = gate
+        self._settings = replace(self._settings, repetition_penalty=repetition_penalty)
+        await self._llm.reset_prefix_cache()
 
     def limit_attribution(self, cache_tokens: int | None) -> None:
         """Gated rows are admitted only while the attribution workers' caches could hold them all; None: no limit."""

@@ -19,6 +19,7 @@ from agd_vllm.output.run_reader import RunReader
 from agd_vllm.output.storage import OutputDirectory
 from agd_vllm.output.summary import OutputUnusable, open_run
 from agd_vllm.pipeline.decoder import Decoder, DecoderOptions
+from agd_vllm.pipeline.engines import Engines
 from agd_vllm.pipeline.run import RunSettings, run_dataset, run_identity
 
 ROWS, ROWS_WITHOUT_REGION = "rows.jsonl", "rows-without-region.jsonl"
@@ -54,9 +55,12 @@ def evaluate(
     for run, decoder in zip(runs, decoders, strict=True):
         open_run(run.output, run_identity(run, decoder), resume=True)
     failed = {}
-    for strategy, run in zip(strategies, runs, strict=True):
-        say(f"── {strategy.name}")
-        failed[strategy.name] = run_dataset(run, strategy.options)
+    # Those that can share engines one after another, in the order in which the first of them was named.
+    order = sorted(range(len(runs)), key=lambda i: next((j for j in range(i) if decoders[i].loads_as(decoders[j])), i))
+    with Engines() as engines:
+        for place in order:
+            say(f"── {strategies[place].name}")
+            failed[strategies[place].name] = run_dataset(runs[place], strategies[place].options, engines)
     ids = {id for id in map(row_id, chosen) if id is not None}
     outcomes = {strategy.name: read_outcomes(run.output, ids) for strategy, run in zip(strategies, runs, strict=True)}
     summaries = [RunReader(run.output).parameters() for run in runs]

@@ -10,13 +10,14 @@ from typing import Any
 
 from agd_vllm.attribution.worker import AttributionSettings, WorkerInfo
 from agd_vllm.engine.arguments import check_engine_args, gpus_per_engine
-from agd_vllm.engine.engine import EngineSettings, GateSettings
+from agd_vllm.engine.settings import EngineSettings, GateSettings
 from agd_vllm.faults import FaultLog
 from agd_vllm.input.reader import check_rows
 from agd_vllm.input.schema import parse_selector_option
 from agd_vllm.models.inspect import inspect_model
 from agd_vllm.pipeline import placement
-from agd_vllm.pipeline.fleet import Fleet, kill, loaded
+from agd_vllm.pipeline.actors import kill, loaded
+from agd_vllm.pipeline.fleet import Fleet
 from agd_vllm.pipeline.options import DecoderOptions
 from agd_vllm.pipeline.source import Source
 from agd_vllm.pipeline.strategies import Agd
@@ -107,10 +108,47 @@ class Decoder:
             raise
         self.load_seconds = time.perf_counter() - begun
 
-    def _start_actors(self, workers: int) -> None:
+    def loads_as(self, other: Decoder) -> bool:
+        """Whether the engines and workers of `other` serve this one's rows, too."""
+        return self._loaded() is not None and self._loaded() == other._loaded()
+
+    def _loaded(self) -> tuple | None:
+        """What is decided while engines and workers are loaded; None where they serve one run only."""
         options = self.options
-        cluster, model, debug = self._cluster, self.model, options.debug
-        engine = EngineSettings(
+        if options.inline or options.trace:
+            return None
+        engine = replace(self._engine_settings(), repetition_penalty=1.0)
+        attribution = self._attribution_settings() if self._strategy.attribution else None
+        return self.model, engine, attribution, options.engines, options.workers, options.debug
+
+    def take_over(self, other: Decoder) -> bool:
+        """Takes the running engines and workers of `other`, which has no rows and none of them then. False where they
+        do not serve this one, or not at once: they are left as they are."""
+        if other._fleet is None or not self.loads_as(other):
+            return False
+        begun = time.perf_counter()
+        self._cluster = other._cluster
+        self._fault_log = FaultLog(self.options.log_json)
+        told = (self._strategy, self._gate_settings(), self.options.repetition_penalty)
+
+        def tell(replica: Any) -> Any:
+            return replica.serve.remote(*told)
+
+        try:
+            other._fleet.serve(self._make_replica, self._attach, tell, self._fault_log)
+        except RuntimeError as error:
+            log.debug("engines are loaded anew: %s", error)
+            self._cluster = None
+            return False
+        self._workers, self._infos, self._fleet = other._workers, other._infos, other._fleet
+        self._info, self._cores, self.layout = other._info, other._cores, other.layout
+        other._cluster, other._workers, other._infos, other._fleet = None, [], None, None
+        self.load_seconds = time.perf_counter() - begun
+        return True
+
+    def _engine_settings(self) -> EngineSettings:
+        options = self.options
+        return EngineSettings(
             dtype=options.dtype,
             max_model_len=options.max_model_len,
             seed=options.seed,
@@ -122,27 +160,39 @@ class Decoder:
             kv_planes=self._strategy.kv_planes,
             repetition_penalty=options.repetition_penalty,
         )
-        gate = GateSettings(options.tau, options.top_k, options.min_prob)
-        attribution = AttributionSettings(options.scorer, options.rule, options.attribution_dtype or options.dtype)
-        engine_cores, worker_cores = placement.cores(cluster, options.engines, workers)
-        self.layout = placement.layout(cluster.shares, engine_cores, worker_cores)
+
+    def _gate_settings(self) -> GateSettings:
+        return GateSettings(self.options.tau, self.options.top_k, self.options.min_prob)
+
+    def _attribution_settings(self) -> AttributionSettings:
+        options = self.options
+        return AttributionSettings(options.scorer, options.rule, options.attribution_dtype or options.dtype)
+
+    def _make_replica(self, index: int) -> Any:
+        return placement.make_replica(
+            self._cluster,
+            index,
+            self.model,
+            replace(self._engine_settings(), cores=self._cores[index]),
+            self._gate_settings(),
+            self._strategy,
+            self._trace is not None,
+            self.options.debug,
+        )
+
+    def _start_actors(self, workers: int) -> None:
+        options, cluster = self.options, self._cluster
+        self._cores, worker_cores = placement.cores(cluster, options.engines, workers)
+        self.layout = placement.layout(cluster.shares, self._cores, worker_cores)
         if options.strategy == Agd.name:
             self.layout += f"; scorer {options.scorer}"
+        attribution = self._attribution_settings()
         self._workers = [
-            placement.make_worker(cluster, index, model, replace(attribution, cores=cores), debug)
+            placement.make_worker(cluster, index, self.model, replace(attribution, cores=cores), options.debug)
             for index, cores in enumerate(worker_cores)
         ]
         self._fleet = Fleet(
-            make=lambda index: placement.make_replica(
-                cluster,
-                index,
-                model,
-                replace(engine, cores=engine_cores[index]),
-                gate,
-                self._strategy,
-                self._trace is not None,
-                debug,
-            ),
+            make=self._make_replica,
             attach=self._attach,
             count=options.engines,
             faults=self._fault_log,

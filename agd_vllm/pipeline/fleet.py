@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from agd_vllm.attribution.pool import WorkerLost
 from agd_vllm.faults import FaultLog, last_line
+from agd_vllm.pipeline.actors import START_S, kill, loaded
 from agd_vllm.pipeline.deaths import KEPT, Deaths
 from agd_vllm.pipeline.replica import EngineLost, Progress, ReplicaInfo, RowFailed
 from agd_vllm.pipeline.source import Source
@@ -22,8 +23,8 @@ from agd_vllm.trace import TraceFile
 
 # An engine answers `collect` after this many seconds at the latest; one that says nothing for the other is dead.
 COLLECT_WAIT_S, SILENCE_S = 0.5, 120.0
-# Loading a model: an actor that takes longer hangs. Stopping: all engines together, before they are killed.
-START_S, STOP_S = 1800.0, 30.0
+# All engines together, before they are killed.
+STOP_S = 30.0
 # The driver waits for answers this long at a time; its caller has something else to do, too.
 TURN_S = 1.0
 # Rows handed to an engine beyond its sessions, so that a slot never waits for the driver.
@@ -102,6 +103,22 @@ class Fleet:
     def _begin(self, engine: _Engine) -> None:
         self._attach(engine.index, engine.actor)
         engine.started = True
+
+    def serve(
+        self,
+        make: Callable[[int], Any],
+        attach: Callable[[int, Any], None],
+        tell: Callable[[Any], Any],
+        faults: FaultLog,
+    ) -> None:
+        """Goes on for another run, whose `make` and `attach` are for engines in the place of dead ones; `tell` tells an
+        engine's actor so, and gives the call. Raises RuntimeError where not every engine is there, or one does not
+        answer."""
+        if not all(engine.started for engine in self._engines):
+            raise RuntimeError("an engine is loading")
+        loaded([tell(engine.actor) for engine in self._engines], "an engine")
+        self._make, self._attach, self._faults, self._deaths = make, attach, faults, Deaths()
+        self._idle_before = -sum(engine.idle_seconds for engine in self._engines)
 
     def decode(self, source: Source) -> Iterator[DecodedRow | RowError | None]:
         """Every row of `source` exactly once, in completion order; None now and then while nothing ends.
@@ -276,21 +293,3 @@ def _is_death(engine: _Engine, error: Exception) -> bool:
         return True
     # All else that Ray reports is about the actor or its machine: dead, unreachable, out of memory.
     return isinstance(error, RayError) and not isinstance(error, RayTaskError)
-
-
-def loaded(calls: list[Any], what: str) -> list[Any]:
-    """The answers of actors that load a model. Raises RuntimeError with one line where one fails or hangs."""
-    try:
-        return ray.get(calls, timeout=START_S)
-    except GetTimeoutError as error:
-        raise RuntimeError(f"{what} did not start within {START_S:g} s (--debug shows its log)") from error
-    except Exception as error:
-        raise RuntimeError(f"{what} could not start: {last_line(error)} (--debug shows its log)") from error
-
-
-def kill(actor: Any) -> None:
-    """Ends an actor that may be dead already."""
-    try:
-        ray.kill(actor)
-    except Exception as error:
-        log.debug("could not kill an actor: %s", error)

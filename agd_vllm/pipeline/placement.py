@@ -15,7 +15,7 @@ import psutil
 import ray
 
 from agd_vllm.attribution.worker import AttributionSettings, AttributionWorker
-from agd_vllm.engine.engine import EngineSettings, GateSettings
+from agd_vllm.engine.settings import EngineSettings, GateSettings
 from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.pipeline.cores import split_cores
 from agd_vllm.pipeline.replica import Replica

@@ -16,7 +16,7 @@ from agd_vllm.attribution.worker import AttributionSettings, WorkerRelevance
 from agd_vllm.faults import last_line
 from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.pipeline import placement
-from agd_vllm.pipeline.fleet import kill, loaded
+from agd_vllm.pipeline.actors import kill, loaded
 from agd_vllm.pipeline.teams import Demand
 
 TURN_S = 1.0

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from agd_vllm.attribution.pool import AttributionPool, WorkerLost
-from agd_vllm.engine.engine import Engine, EngineSettings, GateSettings
+from agd_vllm.engine.engine import Engine
 from agd_vllm.engine.events import SessionFailed
+from agd_vllm.engine.settings import EngineSettings, GateSettings
 from agd_vllm.engine.stops import StopCheck
 from agd_vllm.faults import Fault, FaultLog, last_line
 from agd_vllm.models.inspect import ModelInfo
@@ -105,6 +106,11 @@ class Replica:
             if await self._engine.dies(ENGINE_DEATH_S):
                 raise EngineLost(f"at its first steps {self._engine.cause_of_death}") from error
             raise
+
+    async def serve(self, strategy: Strategy, gate: GateSettings, repetition_penalty: float) -> None:
+        """Goes on with another strategy, whose rows come from now on."""
+        self._strategy = strategy
+        await self._engine.serve(gate, repetition_penalty)
 
     async def attach(self, workers: list[Any], stateful: bool, cache_tokens: int | None) -> None:
         """Names the attribution workers, which rows wait for; with none of them no row is guided by attribution.

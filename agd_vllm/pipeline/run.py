@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from agd_vllm.output.storage import OutputFailed
 from agd_vllm.output.summary import count_outputs, open_run, write_summary
 from agd_vllm.output.writer import RunWriter
 from agd_vllm.pipeline.decoder import Decoder
+from agd_vllm.pipeline.engines import Engines
 from agd_vllm.pipeline.options import DecoderOptions
 from agd_vllm.pipeline.progress import ProgressLine, print_summary, say
 from agd_vllm.pipeline.tally import Tally
@@ -45,9 +46,10 @@ class RunSettings:
     given_answers: bool = False
 
 
-def run_dataset(settings: RunSettings, options: DecoderOptions) -> int:
+def run_dataset(settings: RunSettings, options: DecoderOptions, engines: Engines | None = None) -> int:
     """Decodes the dataset, resuming what is there, and prints table and output path; returns the failed rows' count.
 
+    `engines` of an earlier run are used where they can be, and left to the next; without, they end with this one.
     Raises ValueError, InputUnusable or OutputUnusable before any model is loaded, later OutputFailed or RuntimeError.
     """
     check_inputs(settings.inputs)
@@ -67,7 +69,8 @@ def run_dataset(settings: RunSettings, options: DecoderOptions) -> int:
                 say(notes, "nothing left to decode")
             else:
                 say(notes, f"loading {decoder.model.path} ...")
-                _decode(decoder, itertools.chain([first], rows), writer, progress, tally, notes)
+                running = decoder if engines is None else engines.serving(decoder)
+                _decode(decoder, running, itertools.chain([first], rows), writer, progress, tally, notes)
             writer.flush()
         except BaseException:
             # Interrupted or broken off: what is on disk is counted all the same. The first fault is the one to tell of.
@@ -111,13 +114,14 @@ def _without_answer(rows: Iterator[InputRow], preparer: Preparer, writer: RunWri
 
 def _decode(
     decoder: Decoder,
+    running: AbstractContextManager,
     rows: Iterable[InputRow],
     writer: RunWriter,
     progress: ProgressLine,
     tally: Tally,
     notes: Console,
 ) -> None:
-    with decoder, progress:
+    with running, progress:
         say(notes, decoder.layout)
         try:
             for outcome in decoder.outcomes(rows):

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from agd_vllm.engine.engine import Engine, EngineSettings, GateSettings
+from agd_vllm.engine.engine import Engine
+from agd_vllm.engine.settings import EngineSettings, GateSettings
 from agd_vllm.records import PreparedRow, Roi, RowRefused
 from agd_vllm.trace import Tracer
 

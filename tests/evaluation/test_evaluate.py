@@ -93,6 +93,30 @@ def test_two_strategies_on_the_same_rows(capsys, tmp_path, smollm2, data):
     assert [record["rows"] for record in json.loads((output / "table.json").read_text())] == [2, 2]
 
 
+@pytest.mark.long
+def test_strategies_that_can_share_an_engine_load_it_once_and_decode_the_same(tmp_path, smollm2, data):
+    """Whatever stands between them, and against one that has an engine of its own."""
+    common = ["--model", str(smollm2), "--dtype", "float32", "--max-model-len", "512", "--max-tokens", "12"]
+    common += ["--engine-arg", "enforce_eager=true", "--engine-arg", "kv_cache_memory_bytes=268435456"]
+    output, alone = tmp_path / "out", tmp_path / "alone"
+    strategies = "greedy,dola,emphasize:repetition-penalty=1.3"
+    command = [sys.executable, "-m", "agd_vllm"]
+    shared = ["evaluate", "--suite", "jsonl", "--data", data, "--output", str(output), "--strategies", strategies]
+    subprocess.run([*command, *shared, *common], cwd=CHECKOUT, check=True, timeout=400)
+    own = ["decode", data, "--output", str(alone), "--strategy", "emphasize", "--repetition-penalty", "1.3"]
+    subprocess.run([*command, *own, *common], cwd=CHECKOUT, check=True, timeout=300)
+    folders = [output / name for name in ("greedy", "dola", "emphasize-repetition-penalty-1-3")]
+    loading = [json.loads((folder / "summary.json").read_text())["load_seconds"] for folder in folders]
+    assert loading[2] < 3 < min(loading[:2])
+    shared, own = ({row["id"]: row["token_ids"] for row in read(folder)} for folder in (folders[2], alone))
+    assert shared == own and len(own) == 5
+    assert shared != {row["id"]: row["token_ids"] for row in read(folders[0])}
+
+
+def read(folder):
+    return pq.read_table(folder / "results").to_pylist()
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [

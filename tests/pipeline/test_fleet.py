@@ -11,8 +11,8 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, NodeDiedError, OutOf
 from agd_vllm.attribution.pool import WorkerLost
 from agd_vllm.attribution.worker import WorkerInfo
 from agd_vllm.faults import FaultLog, last_line
+from agd_vllm.pipeline import actors, placement
 from agd_vllm.pipeline import fleet as subject
-from agd_vllm.pipeline import placement
 from agd_vllm.pipeline import source as source_module
 from agd_vllm.pipeline.deaths import MAX_DEATHS_AT_FIRST, MAX_POISON_IN_A_ROW, MAX_RESTARTS_IN_A_ROW
 from agd_vllm.pipeline.decoder import Decoder
@@ -110,7 +110,7 @@ class FakeReplica:
     def __init__(self, world, index, launch):
         self.world, self.index, self.launch, self.made_at = world, index, launch, world.now
         self.rows, self.batches, self.together = [], [], []
-        for name in ("start", "attach", "submit", "collect", "cancel", "stop"):
+        for name in ("start", "attach", "serve", "submit", "collect", "cancel", "stop"):
             setattr(self, name, Method(getattr(self, f"_{name}")))
 
     def _do(self, seconds, answer):
@@ -132,6 +132,9 @@ class FakeReplica:
 
     def _attach(self, *_scoring):
         self.world.told.append(("attach", self))
+
+    def _serve(self):
+        return self._do(0.1, lambda: self.world.told.append(("serve", self)))
 
     def _submit(self, rows, batch):
         self.batches.append([row.id for row in rows])
@@ -161,7 +164,8 @@ class FakeReplica:
 @pytest.fixture
 def world(monkeypatch):
     world = World()
-    monkeypatch.setattr(subject, "ray", world)
+    for module in (subject, actors):
+        monkeypatch.setattr(module, "ray", world)
     monkeypatch.setattr(subject, "time", world)
     monkeypatch.setattr(source_module, "time", world)
     return world
@@ -355,6 +359,21 @@ def test_an_engine_that_fails_to_start_says_why_in_one_line(world):
         fleet_of(world, 1)
 
 
+def test_engines_go_on_for_another_run_unless_one_is_missing(world):
+    fleet, faults = fleet_of(world, 2), FaultLog()
+    given = (world.make, lambda *_: None, lambda replica: replica.serve.remote(), faults)
+    fleet.serve(*given)
+    assert [what for what, _ in world.told] == ["attach", "attach", "serve", "serve"]
+    assert set(run(fleet, rows(6)).values()) == {"ok"}
+    fleet._engines[1].started = False
+    with pytest.raises(RuntimeError, match="an engine is loading"):
+        fleet.serve(*given)
+    fleet._engines[1].started = True
+    world.killed.append(world.replicas[0])
+    with pytest.raises(RuntimeError, match="an engine could not start"):
+        fleet.serve(*given)
+
+
 def test_an_engine_that_hangs_while_it_restarts_is_replaced(world):
     world.trouble = once(EngineLost("dead"))
     world.start_s = lambda index, launch: NEVER if launch == 1 else 1.0
@@ -362,7 +381,7 @@ def test_an_engine_that_hangs_while_it_restarts_is_replaced(world):
     assert set(run(fleet, rows(6)).values()) == {"ok"}
     assert restarts(fleet) == 2
     assert world.killed == world.replicas[:2]
-    assert subject.START_S <= world.now < subject.START_S + 100
+    assert actors.START_S <= world.now < actors.START_S + 100
 
 
 def test_a_run_does_not_wait_for_an_engine_that_it_does_not_need(world):

@@ -7,7 +7,7 @@ import pytest
 
 from agd_vllm.attribution.pool import WorkerLost
 from agd_vllm.engine import engine as engine_module
-from agd_vllm.engine.engine import EngineSettings, GateSettings
+from agd_vllm.engine.settings import EngineSettings, GateSettings
 from agd_vllm.models.inspect import inspect_model
 from agd_vllm.pipeline import replica as replica_module
 from agd_vllm.pipeline.replica import EngineLost, Replica, RowFailed
