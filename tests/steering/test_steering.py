@@ -119,7 +119,7 @@ def test_every_family_is_steered(tmp_path, name):
 
 @pytest.mark.long
 def test_compiled_models_are_each_their_own(tmp_path, monkeypatch):
-    """One compile cache for a model unsteered, steered, and steered by a strength of 0, which is greedy to the token."""
+    """One compile cache for a model unsteered, steered, and steered with strength 0, which is greedy to the token."""
     model, prompts, rows, args = tiny_job(tmp_path / "llama", "llama")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     args |= {"enforce_eager": False}
