@@ -1,12 +1,20 @@
 """Options of `Decoder`: the same checks as on the command line, before anything is loaded."""
 
 import pytest
+import torch
 
 from agd_vllm import Decoder
 from agd_vllm.commands.decode import decode
 from agd_vllm.pipeline.options import DecoderOptions
 from agd_vllm.pipeline.run import RunSettings, run_identity
 from agd_vllm.pipeline.strategies import STRATEGIES
+from agd_vllm.steering.vector_file import SteeringVectors, write_vectors
+
+
+@pytest.fixture
+def vectors(smollm2, tmp_path) -> str:
+    write_vectors(f"{tmp_path}/v.safetensors", SteeringVectors({3: torch.ones(576)}, "caa", str(smollm2)))
+    return f"{tmp_path}/v.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -27,6 +35,7 @@ from agd_vllm.pipeline.strategies import STRATEGIES
         ("repetition_penalty", 0),
         ("repetition_penalty", float("inf")),
         ("dola_relative_top", float("nan")),
+        ("steering_strength", float("nan")),
     ],
 )
 def test_a_wrong_value_is_named(smollm2, name, value):
@@ -51,19 +60,26 @@ def test_options_that_do_not_go_together(smollm2):
         Decoder(str(smollm2), strategy="emphasize", roi_heads="heads.json")
     with pytest.raises(ValueError, match=r"entropies.*greedy"):
         Decoder(str(smollm2), entropies=True)
+    for strategy in ("agd", "greedy", "dola"):
+        with pytest.raises(ValueError, match=f"steering: strategy {strategy} cannot be steered"):
+            Decoder(str(smollm2), strategy=strategy, steering="v.safetensors")
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_strategy_gets_its_options_and_starts_what_it_needs(smollm2, name):
-    options = DecoderOptions(str(smollm2), name, cad_alpha=0.25, seed=7, dola_layers="4+6", dola_relative_top=0.5)
+def test_a_strategy_gets_its_options_and_starts_what_it_needs(smollm2, name, vectors):
+    own = {"steering": vectors, "steering_strength": -2.0, "steering_norm": False} if name == "steer" else {}
+    options = DecoderOptions(
+        str(smollm2), name, cad_alpha=0.25, seed=7, dola_layers="4+6", dola_relative_top=0.5, **own
+    )
     strategy = options.make_strategy()
     assert strategy.name == name
     assert getattr(strategy, "alpha", 0.25) == 0.25
     assert getattr(strategy, "seed", 7) == 7
     assert (getattr(strategy, "layers", "4+6"), getattr(strategy, "relative_top", 0.5)) == ("4+6", 0.5)
+    assert (getattr(strategy, "strength", -2.0), getattr(strategy, "norm", False)) == (-2.0, False)
     decoder = Decoder(options=options)
-    assert (decoder.model.pause_id is None) == (name in ("greedy", "dola", "emphasize"))
-    assert decoder.preparer().guided == (name not in ("greedy", "dola", "emphasize"))
+    assert (decoder.model.pause_id is None) == (name in ("greedy", "dola", "steer", "emphasize"))
+    assert decoder.preparer().guided == (name not in ("greedy", "dola", "steer", "emphasize"))
     assert strategy.attribution == (name == "agd")
 
 
@@ -79,3 +95,14 @@ def test_what_decides_the_tokens_is_part_of_a_runs_identity(smollm2, tmp_path):
     identity = run_identity(settings, Decoder(str(smollm2), strategy="cad", cad_alpha=0.25, seed=7))
     assert (identity["strategy"], identity["cad_alpha"], identity["seed"]) == ("cad", 0.25, 7)
     assert "entropies" not in identity
+
+
+def test_vectors_are_part_of_a_runs_identity_whatever_their_name(smollm2, vectors, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    settings = RunSettings((f"{tmp_path}/rows.jsonl",), str(tmp_path / "out"))
+    options = DecoderOptions(str(smollm2), "steer", steering=vectors)
+    identity = run_identity(settings, Decoder(options=options))
+    assert identity == run_identity(settings, Decoder(options=options))
+    write_vectors(vectors, SteeringVectors({3: -torch.ones(576)}, "caa", str(smollm2)))
+    other = run_identity(settings, Decoder(options=options))
+    assert {key for key in identity if identity[key] != other[key]} == {"steering"}
