@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from agd_vllm.attribution.batch_bounds import BatchBounds
 from agd_vllm.attribution.worker import AttributionSettings, WorkerInfo
 from agd_vllm.engine.arguments import check_engine_args, gpus_per_engine
 from agd_vllm.engine.engine import EngineSettings, GateSettings
@@ -156,7 +157,7 @@ class Decoder:
     def _attach(self, index: int, replica: Any) -> None:
         """Tells an engine who scores."""
         if not self._workers:
-            replica.attach.remote([], False, None)
+            replica.attach.remote([], False, None, BatchBounds())
             return
         self._wait_for_workers()
         made = teams(self.options.engines, len(self._workers))
@@ -164,7 +165,8 @@ class Decoder:
         tokens = None
         if self._infos[0].cache_tokens is not None:
             tokens = sum(self._infos[worker].cache_tokens for worker in team.workers) // len(team.engines)
-        replica.attach.remote([self._workers[worker] for worker in team.workers], self._infos[0].stateful, tokens)
+        mine, info = [self._workers[worker] for worker in team.workers], self._infos[0]
+        replica.attach.remote(mine, info.stateful, tokens, info.bounds)
 
     def _wait_for_workers(self) -> None:
         """Until their models are loaded. Asked once, before the first rows: later they are busy, or restart."""

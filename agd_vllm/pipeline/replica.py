@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from agd_vllm.attribution.batch_bounds import BatchBounds
 from agd_vllm.attribution.pool import AttributionPool, WorkerLost
 from agd_vllm.engine.engine import Engine, EngineSettings, GateSettings
 from agd_vllm.engine.events import SessionFailed
@@ -106,15 +107,16 @@ class Replica:
                 raise EngineLost(f"at its first steps {self._engine.cause_of_death}") from error
             raise
 
-    async def attach(self, workers: list[Any], stateful: bool, cache_tokens: int | None) -> None:
+    async def attach(self, workers: list[Any], stateful: bool, cache_tokens: int | None, bounds: BatchBounds) -> None:
         """Names the attribution workers, which rows wait for; with none of them no row is guided by attribution.
 
         `cache_tokens`: what the workers hold for this engine's rows; more rows side by side would evict each other.
+        `bounds`: of what they are sent at once.
         """
         try:
             if workers:
                 self._engine.limit_attribution(cache_tokens)
-                self._pool = AttributionPool(workers, stateful, POOL_DEADLINE_S, self._faults, self._tracer)
+                self._pool = AttributionPool(workers, stateful, POOL_DEADLINE_S, self._faults, self._tracer, bounds)
         except Exception as error:
             # Nobody asks what became of this call, and rows wait for it.
             self._fatal = WorkerLost(f"an engine could not be told its attribution workers: {last_line(error)}")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import ActorDiedError, GetTimeoutError, NodeDiedError, OutOfMemoryError, RayTaskError
 
+from agd_vllm.attribution.batch_bounds import BatchBounds
 from agd_vllm.attribution.pool import WorkerLost
 from agd_vllm.attribution.worker import WorkerInfo
 from agd_vllm.faults import FaultLog, last_line
@@ -394,6 +395,9 @@ def decoder_with(workers):
     return decoder
 
 
+BOUNDS = BatchBounds(requests=96, tokens=96, ahead=96)
+
+
 class FakeEngineActor:
     def __init__(self, world):
         self.attached = []
@@ -401,11 +405,11 @@ class FakeEngineActor:
 
 
 def test_workers_are_asked_once_and_all_of_them(world):
-    workers = [FakeWorker(world, 5.0, WorkerInfo(True, 1000)), FakeWorker(world, 50.0, WorkerInfo(True, 500))]
+    workers = [FakeWorker(world, 5.0, WorkerInfo(True, 1000, BOUNDS)), FakeWorker(world, 50.0, WorkerInfo(True, 500))]
     decoder, replica = decoder_with(workers), FakeEngineActor(world)
     decoder._attach(0, replica)
     decoder._attach(1, replica)
-    assert replica.attached == [(50.0, workers[:1], True, 1000), (50.0, workers[1:], True, 500)]
+    assert replica.attached == [(50.0, workers[:1], True, 1000, BOUNDS), (50.0, workers[1:], True, 500, BOUNDS)]
     assert [worker.asked for worker in workers] == [1, 1]
 
 
@@ -413,7 +417,7 @@ def test_engines_that_share_a_worker_share_its_cache(world):
     workers = [FakeWorker(world, 5.0, WorkerInfo(True, 1000))]
     decoder, replica = decoder_with(workers), FakeEngineActor(world)
     decoder._attach(1, replica)
-    assert replica.attached == [(5.0, workers, True, 500)]
+    assert replica.attached == [(5.0, workers, True, 500, BatchBounds())]
 
 
 @pytest.mark.parametrize(
@@ -433,7 +437,7 @@ def test_who_shares_a_gpu_loads_one_after_another(world, smollm2, monkeypatch, s
 def test_without_workers_an_engine_is_told_so(world):
     replica = FakeEngineActor(world)
     decoder_with([])._attach(0, replica)
-    assert replica.attached == [(0.0, [], False, None)]
+    assert replica.attached == [(0.0, [], False, None, BatchBounds())]
 
 
 def test_a_worker_that_never_starts_ends_the_start(world):
