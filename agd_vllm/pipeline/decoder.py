@@ -67,6 +67,7 @@ class Decoder:
         self.preparer()  # refuses chat template kwargs that cannot be set
         self._cluster: placement.Cluster | None = None
         self._workers: list[Any] = []
+        self._asked: list[Any] | None = None
         self._infos: list[WorkerInfo] | None = None
         self._fleet: Fleet | None = None
         self.load_seconds = 0.0
@@ -133,6 +134,8 @@ class Decoder:
             placement.make_worker(cluster, index, model, replace(attribution, cores=cores), debug)
             for index, cores in enumerate(worker_cores)
         ]
+        # Who shares a GPU with workers imports while they load, and takes memory when they have theirs.
+        after = self._ask_workers() if cluster.shares.shared else []
         self._fleet = Fleet(
             make=lambda index: placement.make_replica(
                 cluster,
@@ -143,6 +146,7 @@ class Decoder:
                 self._strategy,
                 self._trace is not None,
                 debug,
+                after,
             ),
             attach=self._attach,
             count=options.engines,
@@ -150,9 +154,13 @@ class Decoder:
             trace=self._trace,
             one_by_one=cluster.shares.shared,
         )
-        if cluster.shares.shared:
-            self._wait_for_workers()
-        self._info = self._fleet.start()
+        try:
+            self._info = self._fleet.start()
+        except RuntimeError:
+            if after:
+                # It may have waited for a worker that could not start: that is said then.
+                self._wait_for_workers()
+            raise
 
     def _attach(self, index: int, replica: Any) -> None:
         """Tells an engine who scores."""
@@ -168,10 +176,16 @@ class Decoder:
         mine, info = [self._workers[worker] for worker in team.workers], self._infos[0]
         replica.attach.remote(mine, info.stateful, tokens, info.bounds)
 
+    def _ask_workers(self) -> list[Any]:
+        """For their `info`, once, before the first rows: later they are busy, or restart."""
+        if self._asked is None:
+            self._asked = [worker.info.remote() for worker in self._workers]
+        return self._asked
+
     def _wait_for_workers(self) -> None:
-        """Until their models are loaded. Asked once, before the first rows: later they are busy, or restart."""
+        """Until their models are loaded."""
         if self._infos is None:
-            self._infos = loaded([worker.info.remote() for worker in self._workers], "an attribution worker")
+            self._infos = loaded(self._ask_workers(), "an attribution worker")
 
     def decode(
         self, rows: Iterable[dict[str, Any]], on_error: Callable[[RowError], None] | None = None
@@ -222,7 +236,7 @@ class Decoder:
     def _close_rest(self) -> None:
         for worker in self._workers:
             kill(worker)
-        self._workers, self._infos = [], None
+        self._workers, self._infos, self._asked = [], None, None
         if self._cluster is not None:
             placement.disconnect(self._cluster)
             self._cluster = None

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import ray
 
 from agd_vllm.attribution.batch_bounds import BatchBounds
 from agd_vllm.attribution.pool import AttributionPool, WorkerLost
 from agd_vllm.engine.engine import Engine, EngineSettings, GateSettings
 from agd_vllm.engine.events import SessionFailed
+from agd_vllm.engine.hold import Hold
 from agd_vllm.engine.stops import StopCheck
 from agd_vllm.faults import Fault, FaultLog, last_line
 from agd_vllm.models.inspect import ModelInfo
@@ -57,7 +62,10 @@ class Progress:
 
 
 class Replica:
-    """A plain class; `placement` makes it an async Ray actor, whose calls may begin in any order."""
+    """A plain class; `placement` makes it an async Ray actor, whose calls may begin in any order.
+
+    `after`: what Ray must have answered before the engine takes memory of its GPU.
+    """
 
     def __init__(
         self,
@@ -67,11 +75,13 @@ class Replica:
         traced: bool,
         debug: bool,
         strategy: Strategy = AGD,
+        after: Sequence[Any] = (),
     ):
         self._model = model
         self._strategy = strategy
         self._tracer = Tracer(traced)
         self._engine = Engine(model, engine, gate, self._tracer)
+        self._after = after
         self._pool: AttributionPool | None = None
         self._attached = asyncio.Event()
         self._cancelled = 0
@@ -89,7 +99,12 @@ class Replica:
         self._tokenizer = load_tokenizer(
             self._model.path, revision=self._model.revision, trust_remote_code=self._model.trust_remote_code
         )
-        self._engine.start()
+        hold = None
+        if self._after:
+            hold = Hold()
+            # In a thread: while vLLM starts, this loop stands still.
+            threading.Thread(target=_let_go, args=(hold, list(self._after)), daemon=True).start()
+        self._engine.start(hold)
         await self._take_first_steps()
         return ReplicaInfo(self._engine.max_model_len, self._engine.max_sessions, time.perf_counter() - begun)
 
@@ -192,3 +207,12 @@ class Replica:
 
     async def stop(self) -> None:
         self._engine.shutdown()
+
+
+def _let_go(hold: Hold, after: list[Any]) -> None:
+    try:
+        ray.get(after)
+    except Exception as error:
+        hold.give_up(last_line(error))
+    else:
+        hold.let_go()

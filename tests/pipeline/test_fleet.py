@@ -385,13 +385,18 @@ class FakeWorker:
 
     def _answer(self):
         self.asked += 1
-        return self._world.call(self._seconds, lambda: self._info)
+        return self._world.call(self._seconds, self._loaded)
+
+    def _loaded(self):
+        if isinstance(self._info, Exception):
+            raise self._info
+        return self._info
 
 
 def decoder_with(workers):
     decoder = Decoder.__new__(Decoder)
     decoder.options = SimpleNamespace(engines=2)
-    decoder._workers, decoder._infos = workers, None
+    decoder._workers, decoder._infos, decoder._asked = workers, None, None
     return decoder
 
 
@@ -421,17 +426,44 @@ def test_engines_that_share_a_worker_share_its_cache(world):
 
 
 @pytest.mark.parametrize(
-    ("shares", "made_at"), [(Shares(), [0.0, 0.0]), (Shares(1, 1), [0.0, 0.0]), (Shares(1 / 3, 1 / 3), [50.0, 51.0])]
+    ("shares", "made_at", "held"),
+    [
+        (Shares(), [0.0, 0.0], False),
+        (Shares(1, 1), [0.0, 0.0], False),
+        (Shares(1 / 3, 1 / 3), [0.0, 1.0], True),
+    ],
 )
-def test_who_shares_a_gpu_loads_one_after_another(world, smollm2, monkeypatch, shares, made_at):
-    """vLLM takes all memory that goes while it starts for its own."""
-    monkeypatch.setattr(placement, "make_worker", lambda *_: FakeWorker(world, 50.0, WorkerInfo(True, 1000)))
-    monkeypatch.setattr(placement, "make_replica", lambda _cluster, index, *_: world.make(index))
+def test_who_shares_a_gpu_takes_its_memory_one_after_another(world, smollm2, monkeypatch, shares, made_at, held):
+    """vLLM takes all memory that goes while it starts for its own. The first engine imports while the workers load."""
+    worker = FakeWorker(world, 50.0, WorkerInfo(True, 1000))
+    waited_for = []
+
+    def make_replica(_cluster, index, *others):
+        waited_for.append(others[-1])
+        return world.make(index)
+
+    monkeypatch.setattr(placement, "make_worker", lambda *_: worker)
+    monkeypatch.setattr(placement, "make_replica", make_replica)
     decoder = Decoder(str(smollm2), engines=2)
     decoder._cluster = SimpleNamespace(shares=shares, started=False)
     decoder._start_actors(1)
     assert [replica.made_at for replica in world.replicas] == made_at
     assert [what for what, _ in world.told] == ["attach", "attach"]
+    # Each is held until the workers' `info` has answered, which is asked for once.
+    assert [len(refs) for refs in waited_for] == [held, held]
+    assert all(ref.value == worker._info for refs in waited_for for ref in refs)
+    assert worker.asked == 1
+
+
+def test_a_worker_that_cannot_start_is_named_and_not_the_engine_that_waited_for_it(world, smollm2, monkeypatch):
+    worker = FakeWorker(world, 5.0, RuntimeError("out of memory"))
+    monkeypatch.setattr(placement, "make_worker", lambda *_: worker)
+    monkeypatch.setattr(placement, "make_replica", lambda _cluster, index, *_: world.make(index))
+    world.trouble = lambda _replica: RuntimeError("the worker did not come")
+    decoder = Decoder(str(smollm2))
+    decoder._cluster = SimpleNamespace(shares=Shares(1 / 2, 1 / 2), started=False)
+    with pytest.raises(RuntimeError, match=r"^an attribution worker could not start: .*out of memory"):
+        decoder._start_actors(1)
 
 
 def test_without_workers_an_engine_is_told_so(world):
