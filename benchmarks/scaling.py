@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from agd_vllm.attribution.batch_bounds import BatchBounds
 from agd_vllm.attribution.pool import AttributionPool
 from agd_vllm.attribution.worker import ScoredBatch
 from agd_vllm.engine.admission import Admission
@@ -217,7 +218,7 @@ async def simulate(measured: Measured, engines: int, workers: int, sessions: int
         if workers:
             made_teams = teams(engines, workers)
             mine = [actors[worker] for worker in made_teams[index % len(made_teams)].workers]
-            pool = AttributionPool(mine, True, POOL_DEADLINE_S, FaultLog(), Tracer(False))
+            pool = AttributionPool(mine, True, POOL_DEADLINE_S, FaultLog(), Tracer(False), BatchBounds())
         made.append(engine)
         for name, (prompt, output) in chosen.items():
             row = PreparedRow(name, [TOKEN] * prompt, ROI, output + 1)

@@ -89,6 +89,10 @@ class ForwardScorer:
         """The sequence is finished: it stays only while there is room, for those that begin alike."""
         self.cache.release(sequence)
 
+    def discard(self, sequence: str) -> None:
+        """Nothing is held of the sequence any longer."""
+        self.cache.discard(sequence)
+
     def _next_jobs(self, requests: Sequence[ScoreRequest], waiting: Sequence[int]) -> tuple[list[_Job], list[int]]:
         """The requests that can run in one batch now, and those that must wait; those that cannot be resumed leave.
 

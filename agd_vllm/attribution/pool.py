@@ -12,14 +12,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from agd_vllm.attribution.batch_bounds import BatchBounds
 from agd_vllm.faults import FaultLog
 from agd_vllm.records import Gate, Roi, ScoreRequest
 from agd_vllm.trace import Tracer
 
-MAX_BATCH = 64
-# Tokens that the worker has to compute for one batch (or one sequence's, if it has more), and for one of prompts ahead
-# of need: enough to fill its matrix products, few enough that steps do not wait long for the prompts of others.
-MAX_BATCH_TOKENS, MAX_AHEAD_TOKENS = 256, 128
 MAX_FAILURES_IN_A_ROW = 5
 RESTART_POLL_S = 0.5
 
@@ -41,6 +38,7 @@ class _Lane:
 
     index: int
     worker: Any
+    bounds: BatchBounds
     pending: deque[_Pending] = field(default_factory=deque)
     alone: deque[_Pending] = field(default_factory=deque)  # from failed batches: sent one by one, before `pending`
     ahead: dict[str, _Pending] = field(default_factory=dict)  # prompts that nobody waits for yet: sent after all else
@@ -51,7 +49,7 @@ class _Lane:
 
     def next_batch(self) -> list[_Pending]:
         """One request that has to go alone, else as many as the bounds allow and at least one; empty: nothing waits."""
-        return self._take(self.alone, 1) or self._take(self.pending, MAX_BATCH) or self._take_ahead()
+        return self._take(self.alone, 1) or self._take(self.pending, self.bounds.requests) or self._take_ahead()
 
     def _take(self, queue: deque[_Pending], size: int) -> list[_Pending]:
         batch: list[_Pending] = []
@@ -59,7 +57,7 @@ class _Lane:
         while queue and len(batch) < size:
             if not queue[0].scores.done():  # else its row was cancelled, or has failed
                 tokens += len(queue[0].token_ids) - self.held.get(queue[0].sequence, 0)
-                if batch and tokens > MAX_BATCH_TOKENS:
+                if batch and tokens > self.bounds.tokens:
                     break
                 batch.append(queue[0])
             queue.popleft()
@@ -70,7 +68,7 @@ class _Lane:
         tokens = 0
         for pending in self.ahead.values():
             tokens += len(pending.token_ids)
-            if batch and (tokens > MAX_AHEAD_TOKENS or len(batch) == MAX_BATCH):
+            if batch and (tokens > self.bounds.ahead or len(batch) == self.bounds.requests):
                 break
             pending.sent = True
             batch.append(pending)
@@ -108,8 +106,16 @@ class AttributionPool:
     batch in between, or when the restart takes longer than the deadline, all that wait for it get WorkerLost.
     """
 
-    def __init__(self, workers: list[Any], stateful: bool, deadline_s: float, faults: FaultLog, tracer: Tracer):
-        self._lanes = [_Lane(index, worker) for index, worker in enumerate(workers)]
+    def __init__(
+        self,
+        workers: list[Any],
+        stateful: bool,
+        deadline_s: float,
+        faults: FaultLog,
+        tracer: Tracer,
+        bounds: BatchBounds,
+    ):
+        self._lanes = [_Lane(index, worker, bounds) for index, worker in enumerate(workers)]
         self._stateful = stateful
         self._deadline_s = deadline_s
         self._lane_of: dict[str, _Lane] = {}

@@ -124,6 +124,8 @@ class TangentCache:
 
     def evict(self, num_blocks: int, pinned: Iterable[CachedSequence] = ()) -> None:
         """Drop finished sequences, then the least recently used, until so many blocks are free or none is left."""
+        if self.pool.num_free >= num_blocks:
+            return
         keep = {id(sequence) for sequence in pinned}
         for held in (self._finished, self._active):
             for name in list(held):
@@ -153,8 +155,9 @@ class TangentCache:
         sequence.length = min(sequence.length, length)
         self._unindex(sequence, keep=sequence.length // BLOCK_TOKENS)
         kept = blocks_for(sequence.length)
-        self.pool.give_back(sequence.blocks[kept:])
-        sequence.blocks = sequence.blocks[:kept]
+        if kept < len(sequence.blocks):
+            self.pool.give_back(sequence.blocks[kept:])
+            sequence.blocks = sequence.blocks[:kept]
 
     def _drop(self, sequence: CachedSequence) -> None:
         self._unindex(sequence)

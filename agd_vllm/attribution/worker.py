@@ -7,9 +7,10 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from agd_vllm.attribution.batch_bounds import BatchBounds, bounds_by_cost, time_calls
 from agd_vllm.records import ScoreRequest
 
 if TYPE_CHECKING:
@@ -34,10 +35,11 @@ class AttributionSettings:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """`stateful` and `cache_tokens` of the worker's scorer."""
+    """`stateful` and `cache_tokens` of the worker's scorer, and how much it is to be sent at once."""
 
     stateful: bool
     cache_tokens: int | None
+    bounds: BatchBounds = field(default_factory=BatchBounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +86,13 @@ class AttributionWorker:
             trust_remote_code=trust_remote_code,
             cache_bytes=cache_bytes,
         )
+        # On a CPU, where a pass costs in proportion from a few tokens on, the defaults are right.
+        timed = settings.gpu_share and self._scorer.stateful
+        self._bounds = bounds_by_cost(time_calls(self._scorer)) if timed else BatchBounds()
 
     def info(self) -> WorkerInfo:
         """Answers once the model is loaded."""
-        return WorkerInfo(self._scorer.stateful, self._scorer.cache_tokens)
+        return WorkerInfo(self._scorer.stateful, self._scorer.cache_tokens, self._bounds)
 
     def score(self, requests: Sequence[ScoreRequest], released: Sequence[str]) -> ScoredBatch:
         """Scores a batch; `released` sequences have ended."""

@@ -19,6 +19,7 @@ from agd_vllm.engine.arguments import gpus_per_engine
 from agd_vllm.engine.channel import TRACE_VARIABLE, EngineStep, GateReceiver
 from agd_vllm.engine.environment import in_this_process, on_cpu, runs_v1, set_environment
 from agd_vllm.engine.gpu import check_gpu
+from agd_vllm.engine.hold import HELD_WORKER, Hold
 from agd_vllm.engine.occupancy import Occupancy
 from agd_vllm.engine.settings import EngineSettings, GateSettings
 from agd_vllm.models.inspect import ModelInfo
@@ -50,7 +51,8 @@ class Engine:
         # How many stop tokens the model runner masks until a row has its min_tokens.
         self._max_held_stops = sys.maxsize
 
-    def start(self) -> None:
+    def start(self, hold: Hold | None = None) -> None:
+        """With a `hold`, made in this process, it takes memory of its GPU only when it is let go."""
         self._receiver = GateReceiver(self._trace_step)
         asyncio.get_running_loop().add_reader(self._receiver.fileno(), self._receiver.drain)
         engine_args = self._engine_args()
@@ -67,6 +69,8 @@ class Engine:
             # vLLM's sizes of a batch for offline use, as in vllm.LLM.
             config = args.create_engine_config(UsageContext.LLM_CLASS)
         self._fit_model_runner(config)
+        if hold is not None:
+            config.parallel_config.worker_cls = HELD_WORKER
         if not on_cpu():
             check_gpu(config, self._settings.kv_planes)
         if stepped:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from agd_vllm.attribution.batch_bounds import BatchBounds
 from agd_vllm.attribution.worker import AttributionSettings, WorkerInfo
 from agd_vllm.engine.arguments import check_engine_args, gpus_per_engine
-from agd_vllm.engine.settings import EngineSettings, GateSettings
+from agd_vllm.engine.settings import EngineSettings
 from agd_vllm.faults import FaultLog
 from agd_vllm.input.reader import check_rows
 from agd_vllm.input.schema import parse_selector_option
@@ -67,6 +68,7 @@ class Decoder:
         self.preparer()  # refuses chat template kwargs that cannot be set
         self._cluster: placement.Cluster | None = None
         self._workers: list[Any] = []
+        self._asked: list[Any] | None = None
         self._infos: list[WorkerInfo] | None = None
         self._fleet: Fleet | None = None
         self.load_seconds = 0.0
@@ -124,15 +126,14 @@ class Decoder:
     def take_over(self, other: Decoder) -> bool:
         """Takes the running engines and workers of `other`, which has no rows and none of them then. False where they
         do not serve this one, or not at once: they are left as they are."""
+        begun = time.perf_counter()
         if other._fleet is None or not self.loads_as(other):
             return False
-        begun = time.perf_counter()
         self._cluster = other._cluster
         self._fault_log = FaultLog(self.options.log_json)
-        told = (self._strategy, self._gate_settings(), self.options.repetition_penalty)
 
         def tell(replica: Any) -> Any:
-            return replica.serve.remote(*told)
+            return replica.serve.remote(self._strategy, self.options.gate, self.options.repetition_penalty)
 
         try:
             other._fleet.serve(self._make_replica, self._attach, tell, self._fault_log)
@@ -141,7 +142,7 @@ class Decoder:
             self._cluster = None
             return False
         self._workers, self._infos, self._fleet = other._workers, other._infos, other._fleet
-        self._info, self._cores, self.layout = other._info, other._cores, other.layout
+        self._info, self._cores, self._after, self.layout = other._info, other._cores, other._after, other.layout
         other._cluster, other._workers, other._infos, other._fleet = None, [], None, None
         self.load_seconds = time.perf_counter() - begun
         return True
@@ -161,12 +162,9 @@ class Decoder:
             repetition_penalty=options.repetition_penalty,
         )
 
-    def _gate_settings(self) -> GateSettings:
-        return GateSettings(self.options.tau, self.options.top_k, self.options.min_prob)
-
     def _attribution_settings(self) -> AttributionSettings:
-        options = self.options
-        return AttributionSettings(options.scorer, options.rule, options.attribution_dtype or options.dtype)
+        of = self.options
+        return AttributionSettings(of.scorer, of.rule, of.attribution_dtype or of.dtype)
 
     def _make_replica(self, index: int) -> Any:
         return placement.make_replica(
@@ -174,10 +172,11 @@ class Decoder:
             index,
             self.model,
             replace(self._engine_settings(), cores=self._cores[index]),
-            self._gate_settings(),
+            self.options.gate,
             self._strategy,
             self._trace is not None,
             self.options.debug,
+            self._after,
         )
 
     def _start_actors(self, workers: int) -> None:
@@ -191,6 +190,8 @@ class Decoder:
             placement.make_worker(cluster, index, self.model, replace(attribution, cores=cores), options.debug)
             for index, cores in enumerate(worker_cores)
         ]
+        # Who shares a GPU with workers imports while they load, and takes memory when they have theirs.
+        self._after = self._ask_workers() if cluster.shares.shared else []
         self._fleet = Fleet(
             make=self._make_replica,
             attach=self._attach,
@@ -199,14 +200,18 @@ class Decoder:
             trace=self._trace,
             one_by_one=cluster.shares.shared,
         )
-        if cluster.shares.shared:
-            self._wait_for_workers()
-        self._info = self._fleet.start()
+        try:
+            self._info = self._fleet.start()
+        except RuntimeError:
+            if self._after:
+                # It may have waited for a worker that could not start: that is said then.
+                self._wait_for_workers()
+            raise
 
     def _attach(self, index: int, replica: Any) -> None:
         """Tells an engine who scores."""
         if not self._workers:
-            replica.attach.remote([], False, None)
+            replica.attach.remote([], False, None, BatchBounds())
             return
         self._wait_for_workers()
         made = teams(self.options.engines, len(self._workers))
@@ -214,12 +219,19 @@ class Decoder:
         tokens = None
         if self._infos[0].cache_tokens is not None:
             tokens = sum(self._infos[worker].cache_tokens for worker in team.workers) // len(team.engines)
-        replica.attach.remote([self._workers[worker] for worker in team.workers], self._infos[0].stateful, tokens)
+        mine, info = [self._workers[worker] for worker in team.workers], self._infos[0]
+        replica.attach.remote(mine, info.stateful, tokens, info.bounds)
+
+    def _ask_workers(self) -> list[Any]:
+        """For their `info`, once, before the first rows: later they are busy, or restart."""
+        if self._asked is None:
+            self._asked = [worker.info.remote() for worker in self._workers]
+        return self._asked
 
     def _wait_for_workers(self) -> None:
-        """Until their models are loaded. Asked once, before the first rows: later they are busy, or restart."""
+        """Until their models are loaded."""
         if self._infos is None:
-            self._infos = loaded([worker.info.remote() for worker in self._workers], "an attribution worker")
+            self._infos = loaded(self._ask_workers(), "an attribution worker")
 
     def decode(
         self, rows: Iterable[dict[str, Any]], on_error: Callable[[RowError], None] | None = None
@@ -270,7 +282,7 @@ class Decoder:
     def _close_rest(self) -> None:
         for worker in self._workers:
             kill(worker)
-        self._workers, self._infos = [], None
+        self._workers, self._infos, self._asked = [], None, None
         if self._cluster is not None:
             placement.disconnect(self._cluster)
             self._cluster = None

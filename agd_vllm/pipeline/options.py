@@ -10,6 +10,7 @@ from agd_vllm.attribution.scorer import RULES
 from agd_vllm.attribution.scorer import SCORERS as WORKER_SCORERS
 from agd_vllm.dola.arguments import check_layers
 from agd_vllm.engine.channel import MAX_TOP_K
+from agd_vllm.engine.settings import GateSettings
 from agd_vllm.pipeline.strategies import (
     STRATEGIES,
     Agd,
@@ -151,6 +152,10 @@ class DecoderOptions:
             if not fine:
                 raise ValueError(message)
         check_layers(self.dola_layers)
+
+    @property
+    def gate(self) -> GateSettings:
+        return GateSettings(self.tau, self.top_k, self.min_prob)
 
     @property
     def inline(self) -> bool:

@@ -167,8 +167,10 @@ def make_replica(
     strategy: Strategy,
     traced: bool,
     debug: bool,
+    after: list[Any],
 ) -> Any:
-    """The engine actor of that index, not started yet, on its share of the GPUs."""
+    """The engine actor of that index, not started yet, on its share of the GPUs, of which it takes memory once Ray has
+    answered what `after` holds."""
     gpus = cluster.shares.engine
     if cluster.shares.shared:
         engine = replace(engine, engine_args={"gpu_memory_utilization": SHARED_GPU_MEMORY * gpus} | engine.engine_args)
@@ -179,7 +181,7 @@ def make_replica(
         max_concurrency=REPLICA_CONCURRENCY,
         runtime_env=_runtime_env(debug),
     )
-    return actor.remote(model, engine, gate, traced, debug, strategy)
+    return actor.remote(model, engine, gate, traced, debug, strategy, after)
 
 
 def make_worker(cluster: Cluster, index: int, model: ModelInfo, settings: AttributionSettings, debug: bool) -> Any:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+
+from agd_vllm.attribution.batch_bounds import BatchBounds
 from agd_vllm.attribution.pool import AttributionPool, WorkerLost
 from agd_vllm.engine.engine import Engine
 from agd_vllm.engine.events import SessionFailed
+from agd_vllm.engine.hold import Hold
 from agd_vllm.engine.settings import EngineSettings, GateSettings
 from agd_vllm.engine.stops import StopCheck
 from agd_vllm.faults import Fault, FaultLog, last_line
@@ -57,7 +63,10 @@ class Progress:
 
 
 class Replica:
-    """A plain class; `placement` makes it an async Ray actor, whose calls may begin in any order."""
+    """A plain class; `placement` makes it an async Ray actor, whose calls may begin in any order.
+
+    `after`: what Ray must have answered before the engine takes memory of its GPU.
+    """
 
     def __init__(
         self,
@@ -67,11 +76,13 @@ class Replica:
         traced: bool,
         debug: bool,
         strategy: Strategy = AGD,
+        after: Sequence[Any] = (),
     ):
         self._model = model
         self._strategy = strategy
         self._tracer = Tracer(traced)
         self._engine = Engine(model, engine, gate, self._tracer)
+        self._after = after
         self._pool: AttributionPool | None = None
         self._attached = asyncio.Event()
         self._cancelled = 0
@@ -89,7 +100,12 @@ class Replica:
         self._tokenizer = load_tokenizer(
             self._model.path, revision=self._model.revision, trust_remote_code=self._model.trust_remote_code
         )
-        self._engine.start()
+        hold = None
+        if self._after:
+            hold = Hold()
+            # In a thread: while vLLM starts, this loop stands still.
+            threading.Thread(target=_let_go, args=(hold, list(self._after)), daemon=True).start()
+        self._engine.start(hold)
         await self._take_first_steps()
         return ReplicaInfo(self._engine.max_model_len, self._engine.max_sessions, time.perf_counter() - begun)
 
@@ -112,15 +128,16 @@ class Replica:
         self._strategy = strategy
         await self._engine.serve(gate, repetition_penalty)
 
-    async def attach(self, workers: list[Any], stateful: bool, cache_tokens: int | None) -> None:
+    async def attach(self, workers: list[Any], stateful: bool, cache_tokens: int | None, bounds: BatchBounds) -> None:
         """Names the attribution workers, which rows wait for; with none of them no row is guided by attribution.
 
         `cache_tokens`: what the workers hold for this engine's rows; more rows side by side would evict each other.
+        `bounds`: of what they are sent at once.
         """
         try:
             if workers:
                 self._engine.limit_attribution(cache_tokens)
-                self._pool = AttributionPool(workers, stateful, POOL_DEADLINE_S, self._faults, self._tracer)
+                self._pool = AttributionPool(workers, stateful, POOL_DEADLINE_S, self._faults, self._tracer, bounds)
         except Exception as error:
             # Nobody asks what became of this call, and rows wait for it.
             self._fatal = WorkerLost(f"an engine could not be told its attribution workers: {last_line(error)}")
@@ -196,3 +213,12 @@ class Replica:
 
     async def stop(self) -> None:
         self._engine.shutdown()
+
+
+def _let_go(hold: Hold, after: list[Any]) -> None:
+    try:
+        ray.get(after)
+    except Exception as error:
+        hold.give_up(last_line(error))
+    else:
+        hold.let_go()

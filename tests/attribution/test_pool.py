@@ -7,6 +7,7 @@ import pytest
 from ray.exceptions import ActorUnschedulableError, OutOfMemoryError, RayActorError, RayTaskError
 
 from agd_vllm.attribution import pool as pool_module
+from agd_vllm.attribution.batch_bounds import BatchBounds
 from agd_vllm.attribution.pool import AttributionPool, RequestKillsWorker, WorkerLost
 from agd_vllm.attribution.worker import ScoredBatch
 from agd_vllm.faults import FaultLog
@@ -61,9 +62,11 @@ class FakeWorker:
 class Client:
     """A pool over fake workers, and what it did."""
 
-    def __init__(self, *workers, stateful=True, deadline_s=5.0, traced=False):
+    def __init__(self, *workers, stateful=True, deadline_s=5.0, traced=False, **bounds):
         self.workers, self.faults, self.tracer = workers, FaultLog(), Tracer(traced)
-        self.pool = AttributionPool(list(workers), stateful, deadline_s, self.faults, self.tracer)
+        self.pool = AttributionPool(
+            list(workers), stateful, deadline_s, self.faults, self.tracer, BatchBounds(**bounds)
+        )
 
     def score(self, sequence: str, tokens: int = 3):
         return self.pool.score(sequence, list(range(tokens)), ROI, GATE)
@@ -224,13 +227,11 @@ def test_a_sequence_released_while_it_is_scored_leaves_nothing(outcome):
     run(scenario)
 
 
-def test_a_batch_is_bounded_in_requests(monkeypatch):
-    monkeypatch.setattr(pool_module, "MAX_BATCH", 4)
-
+def test_a_batch_is_bounded_in_requests():
     async def scenario():
         worker = FakeWorker()
         names = [f"r{index}" for index in range(10)]
-        assert await Client(worker).all(names) == dict.fromkeys(names, scores(3))
+        assert await Client(worker, requests=4).all(names) == dict.fromkeys(names, scores(3))
         assert worker.sent() == [names[:4], names[4:8], names[8:]]
 
     run(scenario)
@@ -240,12 +241,10 @@ def test_a_batch_is_bounded_in_requests(monkeypatch):
     ("stateful", "batches"),
     [(True, [["a", "b"], ["c"], ["d"], ["a", "b", "c", "d"]]), (False, [["a", "b"], ["c"], ["d"]] * 2)],
 )
-def test_a_batch_is_bounded_in_tokens_to_compute(monkeypatch, stateful, batches):
-    monkeypatch.setattr(pool_module, "MAX_BATCH_TOKENS", 10)
-
+def test_a_batch_is_bounded_in_tokens_to_compute(stateful, batches):
     async def scenario():
         worker = FakeWorker()
-        client = Client(worker, stateful=stateful)
+        client = Client(worker, stateful=stateful, tokens=10)
         sizes = {"a": 6, "b": 4, "c": 2, "d": 30}  # d alone is above the bound
         for more in (0, stateful):
             await asyncio.gather(*(client.score(name, size + more) for name, size in sizes.items()))
@@ -334,12 +333,10 @@ def test_a_restart_is_waited_for():
         (raises(OSError("broken pipe")), "OSError: broken pipe"),
     ],
 )
-def test_a_worker_that_does_not_come_back_is_lost_to_all_that_wait(monkeypatch, info_fault, message):
-    monkeypatch.setattr(pool_module, "MAX_BATCH", 2)
-
+def test_a_worker_that_does_not_come_back_is_lost_to_all_that_wait(info_fault, message):
     async def scenario():
         worker, sound = FakeWorker(raises(RayActorError(), None), info_fault), FakeWorker()
-        client = Client(worker, sound, deadline_s=0.2)
+        client = Client(worker, sound, deadline_s=0.2, requests=2)
         answers = await client.all([f"r{index}" for index in range(8)])
         lost = [name for name, answer in answers.items() if isinstance(answer, WorkerLost)]
         assert lost == ["r0", "r2", "r4", "r6"]  # in flight and pending; the other worker goes on
@@ -387,12 +384,10 @@ def test_a_request_that_kills_its_worker_fails_alone(act, cause, killed):
     run(scenario)
 
 
-def test_failures_that_are_a_requests_do_not_count_against_the_worker(monkeypatch):
-    monkeypatch.setattr(pool_module, "MAX_BATCH", 2)
-
+def test_failures_that_are_a_requests_do_not_count_against_the_worker():
     async def scenario():
         worker = FakeWorker(raises(*[RayActorError()] * 5, None))
-        answers = await Client(worker).all("abc")
+        answers = await Client(worker, requests=2).all("abc")
         assert worker.sent() == [["a", "b"], ["a"], ["b"], ["a"], ["b"], ["c"]]
         assert [type(answer) for answer in answers.values()] == [RequestKillsWorker, RequestKillsWorker, list]
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import ActorDiedError, GetTimeoutError, NodeDiedError, OutOfMemoryError, RayTaskError
 
+from agd_vllm.attribution.batch_bounds import BatchBounds
 from agd_vllm.attribution.pool import WorkerLost
 from agd_vllm.attribution.worker import WorkerInfo
 from agd_vllm.faults import FaultLog, last_line
@@ -403,14 +404,22 @@ class FakeWorker:
 
     def _answer(self):
         self.asked += 1
-        return self._world.call(self._seconds, lambda: self._info)
+        return self._world.call(self._seconds, self._loaded)
+
+    def _loaded(self):
+        if isinstance(self._info, Exception):
+            raise self._info
+        return self._info
 
 
 def decoder_with(workers):
     decoder = Decoder.__new__(Decoder)
     decoder.options = SimpleNamespace(engines=2)
-    decoder._workers, decoder._infos = workers, None
+    decoder._workers, decoder._infos, decoder._asked = workers, None, None
     return decoder
+
+
+BOUNDS = BatchBounds(requests=96, tokens=96, ahead=96)
 
 
 class FakeEngineActor:
@@ -420,11 +429,11 @@ class FakeEngineActor:
 
 
 def test_workers_are_asked_once_and_all_of_them(world):
-    workers = [FakeWorker(world, 5.0, WorkerInfo(True, 1000)), FakeWorker(world, 50.0, WorkerInfo(True, 500))]
+    workers = [FakeWorker(world, 5.0, WorkerInfo(True, 1000, BOUNDS)), FakeWorker(world, 50.0, WorkerInfo(True, 500))]
     decoder, replica = decoder_with(workers), FakeEngineActor(world)
     decoder._attach(0, replica)
     decoder._attach(1, replica)
-    assert replica.attached == [(50.0, workers[:1], True, 1000), (50.0, workers[1:], True, 500)]
+    assert replica.attached == [(50.0, workers[:1], True, 1000, BOUNDS), (50.0, workers[1:], True, 500, BOUNDS)]
     assert [worker.asked for worker in workers] == [1, 1]
 
 
@@ -432,27 +441,54 @@ def test_engines_that_share_a_worker_share_its_cache(world):
     workers = [FakeWorker(world, 5.0, WorkerInfo(True, 1000))]
     decoder, replica = decoder_with(workers), FakeEngineActor(world)
     decoder._attach(1, replica)
-    assert replica.attached == [(5.0, workers, True, 500)]
+    assert replica.attached == [(5.0, workers, True, 500, BatchBounds())]
 
 
 @pytest.mark.parametrize(
-    ("shares", "made_at"), [(Shares(), [0.0, 0.0]), (Shares(1, 1), [0.0, 0.0]), (Shares(1 / 3, 1 / 3), [50.0, 51.0])]
+    ("shares", "made_at", "held"),
+    [
+        (Shares(), [0.0, 0.0], False),
+        (Shares(1, 1), [0.0, 0.0], False),
+        (Shares(1 / 3, 1 / 3), [0.0, 1.0], True),
+    ],
 )
-def test_who_shares_a_gpu_loads_one_after_another(world, smollm2, monkeypatch, shares, made_at):
-    """vLLM takes all memory that goes while it starts for its own."""
-    monkeypatch.setattr(placement, "make_worker", lambda *_: FakeWorker(world, 50.0, WorkerInfo(True, 1000)))
-    monkeypatch.setattr(placement, "make_replica", lambda _cluster, index, *_: world.make(index))
+def test_who_shares_a_gpu_takes_its_memory_one_after_another(world, smollm2, monkeypatch, shares, made_at, held):
+    """vLLM takes all memory that goes while it starts for its own. The first engine imports while the workers load."""
+    worker = FakeWorker(world, 50.0, WorkerInfo(True, 1000))
+    waited_for = []
+
+    def make_replica(_cluster, index, *others):
+        waited_for.append(others[-1])
+        return world.make(index)
+
+    monkeypatch.setattr(placement, "make_worker", lambda *_: worker)
+    monkeypatch.setattr(placement, "make_replica", make_replica)
     decoder = Decoder(str(smollm2), engines=2)
     decoder._cluster = SimpleNamespace(shares=shares, started=False)
     decoder._start_actors(1)
     assert [replica.made_at for replica in world.replicas] == made_at
     assert [what for what, _ in world.told] == ["attach", "attach"]
+    # Each is held until the workers' `info` has answered, which is asked for once.
+    assert [len(refs) for refs in waited_for] == [held, held]
+    assert all(ref.value == worker._info for refs in waited_for for ref in refs)
+    assert worker.asked == 1
+
+
+def test_a_worker_that_cannot_start_is_named_and_not_the_engine_that_waited_for_it(world, smollm2, monkeypatch):
+    worker = FakeWorker(world, 5.0, RuntimeError("out of memory"))
+    monkeypatch.setattr(placement, "make_worker", lambda *_: worker)
+    monkeypatch.setattr(placement, "make_replica", lambda _cluster, index, *_: world.make(index))
+    world.trouble = lambda _replica: RuntimeError("the worker did not come")
+    decoder = Decoder(str(smollm2))
+    decoder._cluster = SimpleNamespace(shares=Shares(1 / 2, 1 / 2), started=False)
+    with pytest.raises(RuntimeError, match=r"^an attribution worker could not start: .*out of memory"):
+        decoder._start_actors(1)
 
 
 def test_without_workers_an_engine_is_told_so(world):
     replica = FakeEngineActor(world)
     decoder_with([])._attach(0, replica)
-    assert replica.attached == [(0.0, [], False, None)]
+    assert replica.attached == [(0.0, [], False, None, BatchBounds())]
 
 
 def test_a_worker_that_never_starts_ends_the_start(world):

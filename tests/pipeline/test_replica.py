@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from agd_vllm.attribution.batch_bounds import BatchBounds
 from agd_vllm.attribution.pool import WorkerLost
 from agd_vllm.engine import engine as engine_module
 from agd_vllm.engine.settings import EngineSettings, GateSettings
@@ -83,7 +84,7 @@ def test_rows_that_overtake_the_naming_of_the_workers_wait_for_it(replica, decod
         ended, _ = await replica.collect(0.05)
         assert not ended and not decoded_with
         replica._engine.limit_attribution = lambda tokens: None
-        await replica.attach([object()], True, 1000)
+        await replica.attach([object()], True, 1000, BatchBounds())
         ended, _ = await replica.collect(1)
         assert [row.id for row in ended] == ["a"]
         assert decoded_with["a"] is replica._pool is not None
@@ -93,7 +94,7 @@ def test_rows_that_overtake_the_naming_of_the_workers_wait_for_it(replica, decod
 
 def test_without_workers_rows_are_decoded_greedily(replica, decoded_with):
     async def scenario():
-        await replica.attach([], False, None)
+        await replica.attach([], False, None, BatchBounds())
         await replica.submit([row("a")], 1)
         await replica.collect(1)
         assert decoded_with == {"a": None}
@@ -103,7 +104,7 @@ def test_without_workers_rows_are_decoded_greedily(replica, decoded_with):
 
 def test_rows_that_come_after_the_end_of_their_batch_are_not_decoded(replica, decoded_with):
     async def scenario():
-        await replica.attach([], False, None)
+        await replica.attach([], False, None, BatchBounds())
         await replica.cancel(1)
         await replica.submit([row("late")], 1)
         await replica.submit([row("next")], 2)
@@ -117,7 +118,7 @@ def test_an_engine_that_cannot_be_told_its_workers_says_so(replica, decoded_with
     """There is no engine to take the workers' budget, as nothing was started."""
 
     async def scenario():
-        await replica.attach([object()], True, 1000)
+        await replica.attach([object()], True, 1000, BatchBounds())
         await replica.submit([row("a")], 1)
         with pytest.raises(WorkerLost, match="could not be told"):
             await replica.collect(0.05)
