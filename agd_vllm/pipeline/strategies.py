@@ -255,26 +255,31 @@ class Cad(Strategy):
             return (await pair.run()).reason
 
 
-@dataclass(frozen=True, slots=True)
-class Dola(Strategy):
-    """DoLa: the token that the last layer makes more probable than an earlier one does, which is chosen at each step
-    among `layers`, of those that the last layer gives `relative_top` of the greatest probability (arXiv 2309.03883)."""
+class Greedily(Strategy):
+    """The most probable token of another model, or of another prompt."""
 
-    layers: str = "low"
-    relative_top: float = 0.1
-    name = "dola"
     regions = False
     pauses = False
-
-    def engine_args(self, model: ModelInfo, dtype: str, given: dict[str, Any]) -> dict[str, Any]:
-        return dola_engine_args(model, self.layers, self.relative_top, given)
 
     async def decode(self, decoding: RowDecoding) -> str:
         return await Greedy().decode(decoding)
 
 
 @dataclass(frozen=True, slots=True)
-class Steer(Strategy):
+class Dola(Greedily):
+    """DoLa: the token that the last layer makes more probable than an earlier one does, which is chosen at each step
+    among `layers`, of those that the last layer gives `relative_top` of the greatest probability (arXiv 2309.03883)."""
+
+    layers: str = "low"
+    relative_top: float = 0.1
+    name = "dola"
+
+    def engine_args(self, model: ModelInfo, dtype: str, given: dict[str, Any]) -> dict[str, Any]:
+        return dola_engine_args(model, self.layers, self.relative_top, given)
+
+
+@dataclass(frozen=True, slots=True)
+class Steer(Greedily):
     """Greedy, with `strength` times the vectors of a `file` added to the streams of their layers; with `norm` a token's
     stream keeps its length (arXiv 2507.18043)."""
 
@@ -282,27 +287,17 @@ class Steer(Strategy):
     strength: float = 1.0
     norm: bool = True
     name = "steer"
-    regions = False
-    pauses = False
 
     def engine_args(self, model: ModelInfo, dtype: str, given: dict[str, Any]) -> dict[str, Any]:
         return steering_engine_args(model, self.file, self.strength, self.norm, given)
 
-    async def decode(self, decoding: RowDecoding) -> str:
-        return await Greedy().decode(decoding)
-
 
 @dataclass(frozen=True, slots=True)
-class Emphasize(Strategy):
+class Emphasize(Greedily):
     """Greedy, with the region said again at the end of the last user message: AGD's baseline without attribution."""
 
     name = "emphasize"
-    regions = False
-    pauses = False
     emphasized = True
-
-    async def decode(self, decoding: RowDecoding) -> str:
-        return await Greedy().decode(decoding)
 
 
 def prompt_without_region(row: PreparedRow) -> list[int]:

@@ -85,7 +85,8 @@ def read_vectors(path: str) -> SteeringVectors:
         layers[int(match[1])] = vector
     if not layers:
         raise _unreadable(path, "it holds no layer")
-    vectors = SteeringVectors(layers, metadata["method"], metadata["model"])
+    # A safetensors file is read in no order of its own.
+    vectors = SteeringVectors(dict(sorted(layers.items())), metadata["method"], metadata["model"])
     if vectors.digest != metadata["digest"]:
         raise _unreadable(path, "its digest is not that of its vectors, so it is damaged")
     return vectors

@@ -167,7 +167,7 @@ def test_the_command_writes_what_decode_takes(smollm2, tmp_path, capsys, method)
     assert (status, out.startswith(f"{method} vectors of layers 3 (length ")) == (0, True)
     assert out.endswith(f" from 1 pairs in {file}\n")
     read = read_vectors(str(file))
-    assert (read.method, read.model, [*read.layers]) == (method, str(smollm2), [20, 3])
+    assert (read.method, read.model, [*read.layers]) == (method, str(smollm2), [3, 20])
     decode = ("decode", rows, "--model", str(smollm2), "--strategy", "steer", "--steering", str(file), "--dry-run")
     assert run(capsys, *decode)[0] == 0
 
