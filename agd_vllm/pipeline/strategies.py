@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -18,6 +17,7 @@ from agd_vllm.inline.arguments import check_arguments as check_inline_arguments
 from agd_vllm.inline.arguments import engine_args as inline_engine_args
 from agd_vllm.models.gpu_memory import KEYS_AND_VALUES
 from agd_vllm.models.inspect import ModelInfo
+from agd_vllm.pipeline.draws import Draws
 from agd_vllm.pipeline.row_decoding import RowDecoding
 from agd_vllm.records import Gate, GuidedStep, PreparedRow, Roi, RowRefused
 from agd_vllm.steering.arguments import engine_args as steering_engine_args
@@ -204,27 +204,6 @@ class RandomCandidate(Gated):
 
     def scores(self, decoding: RowDecoding) -> Scores | None:
         return Draws(self.seed)
-
-
-@dataclass(frozen=True, slots=True)
-class Draws:
-    """Uniform draws from [0, 1) as scores, so that every candidate is as likely as any other.
-
-    They depend on seed, row and step only: the same on any engine and after a resume.
-    """
-
-    seed: int
-
-    async def score(self, sequence: str, token_ids: list[int], roi: Roi, gate: Gate) -> list[float]:
-        # Random hashes a text whole (SHA-512), the same in every process.
-        draw = random.Random(f"{self.seed} {gate.step} {sequence}")
-        return [draw.random() for _ in gate.candidate_ids]
-
-    def prefill(self, sequence: str, token_ids: list[int], roi: Roi) -> None:
-        """Nothing to prepare."""
-
-    def release(self, sequence: str) -> None:
-        """Nothing is held."""
 
 
 @dataclass(frozen=True, slots=True)
