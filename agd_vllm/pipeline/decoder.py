@@ -124,8 +124,7 @@ class Decoder:
         return self.model, engine, attribution, options.engines, options.workers, options.debug
 
     def take_over(self, other: Decoder) -> bool:
-        """Takes the running engines and workers of `other`, which has no rows and none of them then. False where they
-        do not serve this one, or not at once: they are left as they are."""
+        """Takes the running engines and workers of `other`, which then has none; False where they do not serve it."""
         begun = time.perf_counter()
         if other._fleet is None or not self.loads_as(other):
             return False

@@ -10,8 +10,9 @@ import torch
 from conftest import TightEngine, prepared_demo_rows
 from transformers import AutoModelForCausalLM
 
+from agd_vllm.pipeline.draws import Draws
 from agd_vllm.pipeline.row_loop import decode_row
-from agd_vllm.pipeline.strategies import Cad, Draws, Greedy, RandomCandidate
+from agd_vllm.pipeline.strategies import Cad, Greedy, RandomCandidate
 from agd_vllm.records import Gate, PreparedRow, Roi, RowRefused, Span
 
 TIE = 1e-3
