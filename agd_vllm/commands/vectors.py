@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from agd_vllm.commands import options as shared
@@ -68,7 +70,7 @@ def vectors(
     gradients = IntegratedGradients(model, dtype=dtype, trust_remote_code=trust_remote_code)
 
     def progress(items):
-        with click.progressbar(items, label="pairs", file=click.get_text_stream("stderr")) as shown:
+        with click.progressbar(items, label="pairs", file=sys.stderr) as shown:
             yield from shown
 
     found = extract(method, gradients, pairs, numbers, pad_id=pad_id, seed=seed, progress=progress)
