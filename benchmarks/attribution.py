@@ -18,7 +18,6 @@ import gc
 import json
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -33,7 +32,6 @@ from agd_vllm.attribution.block_pool import blocks_for
 from agd_vllm.attribution.forward import ForwardScorer
 from agd_vllm.attribution.reference import ReferenceScorer
 from agd_vllm.attribution.tangent_cache import TangentCache
-from agd_vllm.models import demo
 from agd_vllm.records import Roi, ScoreRequest, Span
 from benchmarks import random_model
 from benchmarks.machine import write_result
@@ -244,11 +242,8 @@ def _integers(_context, _parameter, value: str) -> list[int]:
 @click.option("--batches", default="1,16", show_default=True, callback=_integers)
 def main(output, model, shape, dtype, contexts, lxt_contexts, batches):
     logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        if shape:
-            model = str(random_model.write(random_model.SHAPES[shape], Path(folder) / shape))
-            _free()
-        model = model or str(demo.fetch(demo.DEMO_MODEL, Path(".cache/models") / demo.DEMO_MODEL))
+    with random_model.demo_or(model, shape) as model:
+        _free()
         measured = list(points(model, contexts, lxt_contexts, batches, dtype))
     result = {
         "points": measured,

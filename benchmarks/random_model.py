@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from agd_vllm.models import demo
+
 SHAPES = {
     # To try a benchmark with.
     "tiny": LlamaConfig(
@@ -85,3 +87,13 @@ def of_shape(model: str, shape: str | None) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory() as folder:
         yield str(write(SHAPES[shape], Path(folder) / shape, model))
+
+
+@contextmanager
+def demo_or(model: str | None, shape: str | None) -> Iterator[str]:
+    """A model's folder while it is used: of random weights of that `shape`, that `model`, or else the demo's."""
+    if shape is None:
+        yield model or str(demo.fetch(demo.DEMO_MODEL, Path(".cache/models") / demo.DEMO_MODEL))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield str(write(SHAPES[shape], Path(folder) / shape))

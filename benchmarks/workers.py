@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -29,7 +28,6 @@ from transformers.utils import logging
 from agd_vllm.attribution.block_pool import BLOCK_TOKENS, blocks_for
 from agd_vllm.attribution.forward import PASS_TOKENS, ForwardScorer
 from agd_vllm.attribution.tangent_cache import CachedSequence
-from agd_vllm.models import demo
 from agd_vllm.records import Roi, ScoreRequest, Span
 from benchmarks import random_model
 from benchmarks.attribution import CANDIDATES, make_room, warm_up
@@ -209,10 +207,7 @@ def _integers(_context, _parameter, value: str) -> list[int]:
 @click.option("--contexts", default="128,1024", show_default=True, callback=_integers)
 def main(output, model, shape, dtype, steps, tokens, contexts):
     logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        if shape:
-            model = str(random_model.write(random_model.SHAPES[shape], Path(folder) / shape))
-        model = model or str(demo.fetch(demo.DEMO_MODEL, Path(".cache/models") / demo.DEMO_MODEL))
+    with random_model.demo_or(model, shape) as model:
         measured = [asdict(point) for point in points(model, dtype, steps, tokens, contexts)]
     result = {"points": measured, "model": Path(model).name, "dtype": dtype, "threads": torch.get_num_threads()}
     write_result(output, result)

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig
-
+from agd_vllm.models.class_overrides import class_override
 from agd_vllm.models.inspect import ModelInfo
 
 CONFIG = "agd_dola"
 CLASSES = {
     name: f"agd_vllm.dola.models:EarlyExits{name}"
     for name in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-}
-# Engine arguments that it has no code for, and the values that ask for nothing.
-WITHOUT = {
-    "pipeline_parallel_size": 1,
-    "enable_lora": False,
-    "model_class_overrides": {},
-    "additional_config": {},
 }
 BUCKETS = ("low", "high")
 # Of deeper models the published implementations take the first or last 20 layers as they come.
@@ -59,17 +51,10 @@ def engine_args(model: ModelInfo, layers: str, relative_top: float, given: dict[
 
     Raises ValueError, in one line, for a model, a layer or arguments that it has no code for.
     """
-    for key, nothing in WITHOUT.items():
-        if given.get(key, nothing) != nothing:
-            raise ValueError(f"--engine-arg {key}: strategy dola does not work with it; leave it out")
-    config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    name = next((name for name in config.architectures or () if name in CLASSES), None)
-    if name is None:
-        named = ", ".join(config.architectures or ("an unnamed architecture",))
-        raise ValueError(f"strategy dola: {named} has no class with early exits; it runs {', '.join(CLASSES)}")
+    config, overrides = class_override(model, CLASSES, given, "dola", "with early exits")
     numbers = candidate_layers(layers, config.num_hidden_layers, config.tie_word_embeddings)
     return {
-        "model_class_overrides": {name: CLASSES[name]},
+        "model_class_overrides": overrides,
         # Part of the key of vLLM's compile cache.
         "additional_config": {CONFIG: {"layers": numbers, "relative_top": relative_top}},
     }

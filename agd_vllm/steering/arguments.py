@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transformers import AutoConfig
-
+from agd_vllm.models.class_overrides import class_override
 from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.steering.vector_file import SteeringVectors, absolute, read_vectors
 
@@ -14,13 +13,6 @@ CONFIG = "agd_steering"
 CLASSES = {
     name: f"agd_vllm.steering.models:Steered{name}"
     for name in ("Gemma3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-}
-# Engine arguments that it has no code for, and the values that ask for nothing.
-WITHOUT = {
-    "pipeline_parallel_size": 1,
-    "enable_lora": False,
-    "model_class_overrides": {},
-    "additional_config": {},
 }
 
 
@@ -30,19 +22,12 @@ def engine_args(model: ModelInfo, file: str, strength: float, norm: bool, given:
     Raises ValueError, in one line, for a model, a file or arguments that it has no code for (InputUnusable for a file
     that cannot be opened).
     """
-    for key, nothing in WITHOUT.items():
-        if given.get(key, nothing) != nothing:
-            raise ValueError(f"--engine-arg {key}: strategy steer does not work with it; leave it out")
-    config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    name = next((name for name in config.architectures or () if name in CLASSES), None)
-    if name is None:
-        named = ", ".join(config.architectures or ("an unnamed architecture",))
-        raise ValueError(f"strategy steer: {named} has no class that steers; it runs {', '.join(CLASSES)}")
+    config, overrides = class_override(model, CLASSES, given, "steer", "that steers")
     vectors = read_vectors(file)
     check_vectors(file, vectors, model, config.hidden_size)
     settings = {"file": absolute(file), "digest": vectors.digest, "strength": strength, "norm": norm}
     return {
-        "model_class_overrides": {name: CLASSES[name]},
+        "model_class_overrides": overrides,
         # Part of the key of vLLM's compile cache, and so is the digest: files may change under their names.
         "additional_config": {CONFIG: settings},
     }
