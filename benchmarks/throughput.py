@@ -178,7 +178,10 @@ def main(
             if paper_runs:
                 _, agd_there = decode(decoder, papers[: len(paper_runs)], plain)
         if scorer == "inline":
-            with Decoder(path, scorer="inline", engines=decoder_options["engines"], **common) as beside:
+            # On a GPU plain vLLM stays beside it; a token takes twice the cache.
+            inline_args = side_by_side(2 * CACHE_BYTES[device]) if device == "cuda" else {}
+            engines = decoder_options["engines"]
+            with Decoder(path, scorer="inline", engines=engines, engine_args=inline_args, **common) as beside:
                 inline_runs, greedy_beside = take_turns(beside, plain, turns[runs + 1 :])
             for run in inline_runs:
                 # The engine is stepped in its actor: what else that does cannot be told from it.
