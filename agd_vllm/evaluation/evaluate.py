@@ -10,6 +10,7 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from agd_vllm.evaluation.outcomes import Outcome, read_outcomes
+from agd_vllm.evaluation.passes import forward_passes
 from agd_vllm.evaluation.scoring import Scores, check_metadata, score
 from agd_vllm.evaluation.strategies import Strategy
 from agd_vllm.evaluation.suites import Row, read_suite
@@ -79,6 +80,7 @@ def evaluate(
                 "failed": failed[strategy.name],
                 "perplexity": perplexities[strategy.name],
                 "tokens_per_second": summary["tokens_per_second"],
+                "forward_passes": forward_passes(strategy.options, outcomes[strategy.name]),
             },
         )
         for strategy, summary in zip(strategies, summaries, strict=True)
@@ -159,6 +161,8 @@ def notes(settings: EvaluationSettings, scores: Scores, dtype: str, first: Mappi
         "resamples",
         f"perplexity of the generated tokens under the unguided model, Hugging Face, {dtype}; repetition: share of "
         "4-grams that occurred before in the same answer; composite: prompt accuracy x (1 - repetition)",
+        "passes/token: how often an output token goes through the layers, values and tangents each counting once, "
+        "prompts apart",
     ]
     if settings.suite in ("nq", "jsonl"):
         said.append("questions: an answer contained in the text counts; exact match is beside it; both normalised")

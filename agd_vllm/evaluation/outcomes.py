@@ -13,8 +13,9 @@ from agd_vllm.records import DecodedRow
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A guided step: whether the choice was another than the greedy token, and that token's score."""
+    """A guided step: its number, whether the choice was another than the greedy token, and that token's score."""
 
+    step: int
     changed: bool
     greedy_score: float
 
@@ -40,5 +41,5 @@ def read_outcomes(directory: str, ids: Collection[str]) -> dict[str, Outcome]:
 
 
 def _outcome(row: DecodedRow) -> Outcome:
-    steps = [Step(step.changed, step.scores[step.candidate_ids.index(step.greedy_id)]) for step in row.steps]
+    steps = [Step(step.step, step.changed, step.scores[step.candidate_ids.index(step.greedy_id)]) for step in row.steps]
     return Outcome(row.id, row.text, row.prompt_token_ids, row.token_ids, json.loads(row.metadata), steps)

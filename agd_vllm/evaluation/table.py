@@ -20,7 +20,8 @@ def record(
     """One object of table.json: accuracies, their differences to `greedy`, quality and speed.
 
     `rows` are the scored rows, `outcomes` all decoded ones, `run` what the caller measured (`failed`, `perplexity`,
-    `tokens_per_second`) and whether its steps' scores are relevance (`relevance`). Shares of nothing are null.
+    `tokens_per_second`, `forward_passes`) and whether its steps' scores are relevance (`relevance`). Shares of nothing
+    are null.
     """
     rules = [rule for row in rows.values() for rule in row.rules]
     exact = [row.exact_match for row in rows.values() if row.exact_match is not None]
@@ -46,6 +47,7 @@ def record(
         "guided_share": len(steps) / sum(lengths) if lengths else None,
         "changed_share": sum(step.changed for step in steps) / sum(lengths) if lengths else None,
         "tokens_per_second": run["tokens_per_second"],
+        "forward_passes": run["forward_passes"],
         "kinds": _kinds(rules),
         "negative_greedy": _negative_greedy(rows, outcomes) if run["relevance"] else NO_RELEVANCE,
     }
@@ -111,8 +113,15 @@ COLUMNS = {
     "guided_share": "guided",
     "changed_share": "changed",
     "tokens_per_second": "tokens/s",
+    "forward_passes": "passes/token",
 }
-_PLAIN = {"perplexity": ".2f", "mean_length": ".1f", "tokens_per_second": ".1f", "composite": ".3f"}
+_PLAIN = {
+    "perplexity": ".2f",
+    "mean_length": ".1f",
+    "tokens_per_second": ".1f",
+    "forward_passes": ".2f",
+    "composite": ".3f",
+}
 
 
 def markdown(title: str, records: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:

@@ -4,8 +4,10 @@ import pytest
 
 from agd_vllm.evaluation.evaluate import EvaluationSettings, notes
 from agd_vllm.evaluation.outcomes import Outcome, Step
+from agd_vllm.evaluation.passes import forward_passes
 from agd_vllm.evaluation.scoring import check_metadata, score
 from agd_vllm.evaluation.table import markdown, record
+from agd_vllm.pipeline.options import DecoderOptions
 
 NO_COMMA = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
 TWO_RULES = {
@@ -13,7 +15,7 @@ TWO_RULES = {
     "kwargs": [None, {"relation": "at least", "num_words": 3, "language": None}],
 }
 QUESTION = {"question": "who", "answers": ["Ada"]}
-RUN = {"failed": 0, "perplexity": 2.0, "tokens_per_second": 10.0, "relevance": True}
+RUN = {"failed": 0, "perplexity": 2.0, "tokens_per_second": 10.0, "forward_passes": 1.0, "relevance": True}
 
 
 def outcome(id, text, metadata, tokens=(1, 2, 3, 4, 5), steps=()):
@@ -22,7 +24,7 @@ def outcome(id, text, metadata, tokens=(1, 2, 3, 4, 5), steps=()):
 
 @pytest.fixture
 def outcomes():
-    changed = [Step(True, -0.5), Step(True, 0.5), Step(False, -1.0)]
+    changed = [Step(0, True, -0.5), Step(2, True, 0.5), Step(3, False, -1.0)]
     return {
         "greedy": dict(
             [
@@ -35,7 +37,7 @@ def outcomes():
             [
                 outcome("a", "One two.", NO_COMMA, steps=changed),
                 outcome("b", "Nothing much, really now.", TWO_RULES, tokens=[9] * 13),
-                outcome("c", "Ada!", QUESTION, steps=[Step(True, 0.1)]),
+                outcome("c", "Ada!", QUESTION, steps=[Step(4, True, 0.1)]),
             ]
         ),
     }
@@ -70,6 +72,18 @@ def test_records(outcomes):
     assert "| prohibition | 0.0% of 2 | 50.0% of 2 |" in text
     assert "rows with a prohibition | - | 50.0% |" in text
     assert text.endswith("- a note\n")
+
+
+def test_forward_passes_of_a_token(outcomes):
+    """Of the 23 tokens the workers compute 3 and 4: what comes before the last guided step of either row."""
+
+    def passes(**options):
+        return forward_passes(DecoderOptions(model="m", **options), outcomes["agd"])
+
+    assert passes(strategy="greedy") == passes(strategy="emphasize") == 1
+    assert passes(strategy="cad") == passes(strategy="agd", scorer="inline") == 2
+    assert passes(strategy="agd") == pytest.approx(1 + 2 * 7 / 23)
+    assert passes(strategy="agd", scorer="lxt") is None
 
 
 def test_only_rows_that_both_decoded_are_compared(outcomes):
