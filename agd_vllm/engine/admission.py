@@ -19,8 +19,8 @@ class Admission:
 
     A row reserves ceil((prompt + max_tokens) / block_size) blocks and one of `max_sessions` slots; vLLM keeps one
     block for itself (the null block), so `num_blocks - 1` are to be had. A gated row reserves the whole blocks that
-    prompt + max_tokens take of the workers' cache, too; one that is larger than that cache goes in alone. A row of two sequences reserves for both
-    at once: two rows that each held room for one of theirs would wait for each other.
+    prompt + max_tokens take of the workers' cache, too; one that is larger than that cache goes in alone. A row of two
+    sequences reserves for both at once: two rows that each held room for one of theirs would wait for each other.
     """
 
     def __init__(self, num_blocks: int, block_size: int, max_sessions: int, max_model_len: int):
