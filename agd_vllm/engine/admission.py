@@ -18,9 +18,9 @@ class Admission:
     """Lets a row in only while every session in flight could grow to its end, in the order of arrival.
 
     A row reserves ceil((prompt + max_tokens) / block_size) blocks and one of `max_sessions` slots; vLLM keeps one
-    block for itself (the null block), so `num_blocks - 1` are to be had. A gated row reserves prompt + max_tokens of
-    the workers' cache, too; one that is larger than that cache goes in alone. A row of two sequences reserves for both
-    at once: two rows that each held room for one of theirs would wait for each other.
+    block for itself (the null block), so `num_blocks - 1` are to be had. A gated row reserves the whole blocks that
+    prompt + max_tokens take of the workers' cache, too; one that is larger than that cache goes in alone. A row of two
+    sequences reserves for both at once: two rows that each held room for one of theirs would wait for each other.
     """
 
     def __init__(self, num_blocks: int, block_size: int, max_sessions: int, max_model_len: int):
@@ -28,18 +28,24 @@ class Admission:
         self._free_slots = self._all_slots = max_sessions
         self._block_size = block_size
         self._max_model_len = max_model_len
-        self._free_tokens = self._all_tokens = sys.maxsize
+        self._free_tangents = self._all_tangents = sys.maxsize
+        self._tangent_block = 1
         self._waiting: deque[tuple[int, int, int, asyncio.Future]] = deque()
 
-    def limit_attribution(self, cache_tokens: int | None) -> None:
-        """To be said before the first gated row. None: no limit."""
-        self._free_tokens = self._all_tokens = sys.maxsize if cache_tokens is None else cache_tokens
+    def limit_attribution(self, cache_tokens: int | None, block_tokens: int) -> None:
+        """To be said before the first gated row. None: no limit. The workers' cache is handed out by whole blocks."""
+        limit = sys.maxsize if cache_tokens is None else cache_tokens // block_tokens
+        self._free_tangents = self._all_tangents = limit
+        self._tangent_block = block_tokens
 
     def tokens(self, row: PreparedRow) -> int:
         return min(len(row.prompt_token_ids) + row.max_tokens, self._max_model_len)
 
     def blocks(self, row: PreparedRow) -> int:
         return -(-self.tokens(row) // self._block_size)
+
+    def tangent_blocks(self, row: PreparedRow) -> int:
+        return min(-(-self.tokens(row) // self._tangent_block), self._all_tangents)
 
     @asynccontextmanager
     async def reserve(self, row: PreparedRow, gated: bool, beside: PreparedRow | None = None):
@@ -61,9 +67,9 @@ class Admission:
                 f"the row is decoded as {slots} sequences side by side, the engine takes {self._all_slots}; "
                 "raise it (--engine-arg max_num_seqs=...)",
             )
-        tokens = min(self.tokens(row), self._all_tokens) if gated else 0
+        tangents = self.tangent_blocks(row) if gated else 0
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.append((need, tokens, slots, turn))
+        self._waiting.append((need, tangents, slots, turn))
         self._admit()
         try:
             await turn
@@ -72,21 +78,21 @@ class Admission:
             # A turn given in the very moment its row was cancelled is handed back all the same.
             if not turn.cancelled():
                 self._free_blocks += need
-                self._free_tokens += tokens
+                self._free_tangents += tangents
                 self._free_slots += slots
             self._admit()
 
     def _admit(self) -> None:
         # First come, first served: a large row at the head waits for room, and nothing small overtakes it for ever.
         while self._waiting:
-            need, tokens, slots, turn = self._waiting[0]
-            fits = need <= self._free_blocks and tokens <= self._free_tokens and slots <= self._free_slots
+            need, tangents, slots, turn = self._waiting[0]
+            fits = need <= self._free_blocks and tangents <= self._free_tangents and slots <= self._free_slots
             if not turn.cancelled() and not fits:
                 break
             self._waiting.popleft()
             if turn.cancelled():
                 continue
             self._free_blocks -= need
-            self._free_tokens -= tokens
+            self._free_tangents -= tangents
             self._free_slots -= slots
             turn.set_result(None)

@@ -135,9 +135,10 @@ class Engine:
         self._settings = replace(self._settings, repetition_penalty=repetition_penalty)
         await self._llm.reset_prefix_cache()
 
-    def limit_attribution(self, cache_tokens: int | None) -> None:
-        """Gated rows are admitted only while the attribution workers' caches could hold them all; None: no limit."""
-        self._admission.limit_attribution(cache_tokens)
+    def limit_attribution(self, cache_tokens: int | None, block_tokens: int) -> None:
+        """Gated rows are admitted only while the attribution workers' caches, which consist of blocks of so many
+        tokens, could hold them all; None: no limit."""
+        self._admission.limit_attribution(cache_tokens, block_tokens)
 
     @asynccontextmanager
     async def session(self, row: PreparedRow, gated: bool, stops, entropies: bool = False):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import AsyncGenerator, Callable, Iterator
 
 import msgspec
 from vllm import SamplingParams
 from vllm.engine.protocol import StreamingInput
-from vllm.inputs import TokensPrompt
+from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -55,22 +56,22 @@ class Session:
         self._deadline_s = deadline_s
         self._sign_of_life = sign_of_life
         self._chunks: asyncio.Queue[StreamingInput | None] = asyncio.Queue()
+        self._sampling = self._first_params()
         # A new list, because vLLM extends it in place; with the output so far, where an earlier session stalled.
-        self._chunks.put_nowait(self._chunk(row.prompt_token_ids + stops.token_ids))
-        self._outputs = llm.generate(self._inputs(), self._sampling_params(), request_id=f"{next(keys)}")
+        self._chunks.put_nowait(StreamingInput(tokens_input(row.prompt_token_ids + stops.token_ids), self._sampling))
+        self._outputs = llm.generate(self._inputs(), self._sampling, request_id=f"{next(keys)}")
         self.num_cached_tokens: int | None = None
 
     async def _inputs(self) -> AsyncGenerator[StreamingInput, None]:
         while (chunk := await self._chunks.get()) is not None:
             yield chunk
 
-    def _sampling_params(self) -> SamplingParams:
-        """Parameters of the next chunk: vLLM counts max_tokens and min_tokens within a chunk, so both shrink."""
+    def _first_params(self) -> SamplingParams:
         return SamplingParams(
             temperature=0.0,
             repetition_penalty=self._repetition_penalty,
             max_tokens=self._stops.remaining,
-            min_tokens=max(0, self._row.min_tokens - len(self._stops.token_ids)),
+            min_tokens=self._min_tokens,
             stop_token_ids=[*self._row.stop_token_ids, *([] if self._pause_id is None else [self._pause_id])],
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
@@ -79,8 +80,20 @@ class Session:
             skip_clone=True,
         )
 
-    def _chunk(self, token_ids: list[int]) -> StreamingInput:
-        return StreamingInput(TokensPrompt(prompt_token_ids=token_ids), self._sampling_params())
+    def _next_params(self) -> SamplingParams:
+        """Of the next chunk: vLLM counts max_tokens and min_tokens within a chunk, so both shrink.
+
+        A copy: to make them anew, and to check them anew, is a good part of what a resume costs.
+        """
+        params = copy.copy(self._sampling)
+        params.max_tokens, params.min_tokens = self._stops.remaining, self._min_tokens
+        if self._params:
+            params.extra_args = self._params.as_extra_args()
+        return params
+
+    @property
+    def _min_tokens(self) -> int:
+        return max(0, self._row.min_tokens - len(self._stops.token_ids))
 
     async def next(self) -> Gate | Finished:
         """Decodes up to the next gated step or the end. Raises SessionFailed or SessionStalled."""
@@ -115,7 +128,7 @@ class Session:
             return Finished(reason)
         if isinstance(self._params, GateParams):
             self._take_new_key()
-        self._chunks.put_nowait(self._chunk([token_id]))
+        self._chunks.put_nowait(StreamingInput(tokens_input([token_id]), self._next_params()))
         return None
 
     def _take_new_key(self) -> None:

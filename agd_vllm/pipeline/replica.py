@@ -134,9 +134,11 @@ class Replica:
         `cache_tokens`: what the workers hold for this engine's rows; more rows side by side would evict each other.
         `bounds`: of what they are sent at once.
         """
+        from agd_vllm.attribution.block_pool import BLOCK_TOKENS
+
         try:
             if workers:
-                self._engine.limit_attribution(cache_tokens)
+                self._engine.limit_attribution(cache_tokens, BLOCK_TOKENS)
                 self._pool = AttributionPool(workers, stateful, POOL_DEADLINE_S, self._faults, self._tracer, bounds)
         except Exception as error:
             # Nobody asks what became of this call, and rows wait for it.

@@ -3,7 +3,10 @@
 import asyncio
 
 import pytest
+import torch
 
+from agd_vllm.attribution.block_pool import BLOCK_TOKENS, CacheShape
+from agd_vllm.attribution.tangent_cache import CachedSequence, TangentCache
 from agd_vllm.engine.admission import Admission
 from agd_vllm.records import PreparedRow, Roi, RowRefused
 
@@ -106,7 +109,7 @@ def test_a_row_larger_than_the_whole_cache_is_refused():
 def test_gated_rows_wait_for_room_in_the_attribution_cache():
     async def scenario():
         admission = Admission(num_blocks=1000, block_size=16, max_sessions=9, max_model_len=10**6)
-        admission.limit_attribution(100)
+        admission.limit_attribution(100, 1)
         log, release = [], asyncio.Event()
         tasks = [asyncio.create_task(holds(admission, size, log, f"{size}", release)) for size in (60, 50, 40)]
         await settle()
@@ -123,6 +126,40 @@ def test_gated_rows_wait_for_room_in_the_attribution_cache():
             pass
         release.set()
         await asyncio.gather(huge, small, return_exceptions=True)
+
+    run(scenario)
+
+
+def test_rows_let_in_side_by_side_never_evict_each_other():
+    """Rows of one token more than a block: by tokens more of them would fit than the cache has blocks for."""
+    shape = CacheShape(1, 1, 4, key_tangents=True, dtype=torch.float32, device=torch.device("cpu"))
+    cache = TangentCache(shape, 7 * shape.block_bytes)
+    tokens = BLOCK_TOKENS + 1
+
+    async def decode(admission, name, release, log):
+        async with admission.reserve(row(tokens), gated=True):
+            sequence = CachedSequence(Roi())
+            cache.add(name, sequence)
+            for length in range(1, tokens + 1):
+                cache.grow(sequence, length, [sequence])
+                await asyncio.sleep(0)
+            log.append(name)
+            await release.wait()
+            assert cache.get(name) is sequence
+            cache.release(name)
+
+    async def scenario():
+        admission = Admission(num_blocks=1000, block_size=16, max_sessions=9, max_model_len=10**6)
+        admission.limit_attribution(cache.pool.num_blocks * BLOCK_TOKENS, BLOCK_TOKENS)
+        log, release = [], asyncio.Event()
+        tasks = [asyncio.create_task(decode(admission, name, release, log)) for name in "abcde"]
+        while len(log) < 3:
+            await asyncio.sleep(0)
+        for _ in range(2 * tokens):
+            await asyncio.sleep(0)
+        assert log == ["a", "b", "c"]
+        release.set()
+        await asyncio.gather(*tasks)
 
     run(scenario)
 

@@ -83,7 +83,7 @@ def test_rows_that_overtake_the_naming_of_the_workers_wait_for_it(replica, decod
         await replica.submit([row("a")], 1)
         ended, _ = await replica.collect(0.05)
         assert not ended and not decoded_with
-        replica._engine.limit_attribution = lambda tokens: None
+        replica._engine.limit_attribution = lambda tokens, block_tokens: None
         await replica.attach([object()], True, 1000, BatchBounds())
         ended, _ = await replica.collect(1)
         assert [row.id for row in ended] == ["a"]
