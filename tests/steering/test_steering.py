@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from command_line import fails
-from conftest import CHECKOUT, DEMO_ROWS, plain_vllm, prepared_demo_rows
+from conftest import CHECKOUT, DEMO_ROWS, RUNNER_V2, plain_vllm, prepared_demo_rows
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -114,6 +114,21 @@ def test_every_family_is_steered(tmp_path, name):
     vectors = write(tmp_path / "v.safetensors", name, (0, 2), 64)
     args |= engine_args(info(tmp_path / name, 3), str(tmp_path / "v.safetensors"), 1.5, True, {})
     decoded = plain_vllm(tmp_path / name, rows, tmp_path / "out.json", **args)
+    assert_logprobs_are_those_of(hooked(model, vectors, 1.5, True), prompts, decoded)
+
+
+@pytest.mark.long
+def test_model_runner_v2_steers_as_the_other_does(tmp_path, monkeypatch):
+    """That of GPUs, its kernels interpreted; prompts in chunks."""
+    for variable, value in RUNNER_V2.items():
+        monkeypatch.setenv(variable, value)
+    model, prompts, rows, args = tiny_job(tmp_path / "llama", "llama")
+    vectors = write(tmp_path / "v.safetensors", "llama", (0, 2), 64)
+    args |= engine_args(info(tmp_path / "llama", 3), str(tmp_path / "v.safetensors"), 1.5, True, {})
+    chunks = {"max_num_seqs": 8, "max_num_batched_tokens": 16}
+    decoded = plain_vllm(tmp_path / "llama", rows, tmp_path / "out.json", **args, **chunks)
+    with pytest.raises(AssertionError):
+        assert_logprobs_are_those_of(model, prompts, decoded)
     assert_logprobs_are_those_of(hooked(model, vectors, 1.5, True), prompts, decoded)
 
 
