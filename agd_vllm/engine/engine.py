@@ -92,6 +92,8 @@ class Engine:
     def _fit_model_runner(self, config: Any) -> None:
         """Installs the processors for the model runner that vLLM takes, which depends on all of its configuration."""
         v2, processors = config.use_v2_model_runner, self._settings.processors
+        # V1's sampler does so after all processors: where one chooses, it must do it itself.
+        self._penalizes_first = v2
         if config.scheduler_config.async_scheduling and not v2:
             raise ValueError("--engine-arg async_scheduling: only with vLLM's Model Runner V2; leave it out")
         config.model_config.logits_processors = [*(() if self._settings.plain else (GATE_PROCESSORS[v2],)), *processors]
@@ -183,8 +185,9 @@ class Engine:
 
         self._check_stops(row)
         params = make_params(next(self._keys)) if make_params else None
-        sign = self.occupancy.sign_of_life
-        request = PlainRequest(self._llm, self._receiver, row, stops, f"{next(self._keys)}", params, sign)
+        sign, told = self.occupancy.sign_of_life, params is None or self._penalizes_first
+        penalty = self._settings.repetition_penalty if told else 1.0
+        request = PlainRequest(self._llm, self._receiver, row, stops, f"{next(self._keys)}", params, sign, penalty)
         try:
             with self.occupancy.session():
                 yield request
@@ -219,6 +222,7 @@ class Engine:
                     len(stops.token_ids),
                     self._model.pause_id,
                     alpha,
+                    self._settings.repetition_penalty,
                 )
                 for sequence in (row, beside)
             ]
@@ -234,10 +238,13 @@ class Engine:
                 await pair.close()
 
     def _open(self, row: PreparedRow, stops, params):
+        from agd_vllm.engine.contrast import ContrastParams
         from agd_vllm.engine.session import Session
 
         settings, sign = self._settings, self.occupancy.sign_of_life
-        common = (self._keys, settings.deadline_s, sign, settings.repetition_penalty)
+        # What is penalised of a pair is its contrast.
+        penalty = 1.0 if isinstance(params, ContrastParams) else settings.repetition_penalty
+        common = (self._keys, settings.deadline_s, sign, penalty)
         return Session(self._llm, self._receiver, row, stops, params, *common)
 
     def _trace_step(self, step: EngineStep) -> None:

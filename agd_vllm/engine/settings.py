@@ -22,9 +22,10 @@ class EngineSettings:
     `cores`: the CPU cores that vLLM's threads are bound to (CPU only; None leaves it to vLLM). `deadline_s`: a session
     that gives no token for so long, while others do, is opened anew; it must bear the prefill of many long prompts.
     `plain`: rows are plain requests, which never pause; no gate is installed then. `processors`: logits processors
-    beside the gate. `repetition_penalty` as in vLLM's SamplingParams, of
-    prompt and output, for rows without gate and contrast. `kv_planes`: vectors of each head that the KV cache has for a
-    token, more than keys and values where tangents are beside them.
+    beside the gate. `repetition_penalty` as in vLLM's SamplingParams, of prompt and output; rows that pause at a gate
+    have none, of a pair the contrast is penalised, by the prompt with the region and the output.
+    `kv_planes`: vectors of each head that the KV cache has for a token, more than keys and values where tangents are
+    beside them.
     """
 
     dtype: str = "auto"

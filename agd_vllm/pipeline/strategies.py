@@ -155,6 +155,7 @@ class InlineAgd(Strategy):
     tau: float
     top_k: int
     min_prob: float
+    repetition_penalty: float = 1.0
     name = Agd.name
     pauses = False
     inline = True
@@ -182,7 +183,7 @@ class InlineAgd(Strategy):
         from agd_vllm.inline.params import inline_params_of
 
         roi = decoding.row.roi
-        gate = (self.rule, self.tau, self.top_k, self.min_prob)
+        gate = (self.rule, self.tau, self.top_k, self.min_prob, self.repetition_penalty)
         async with decoding.engine.request(
             decoding.row, decoding.stops, lambda key: inline_params_of(roi, key, *gate)
         ) as request:
