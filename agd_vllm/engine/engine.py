@@ -52,7 +52,7 @@ class Engine:
         self._max_held_stops = sys.maxsize
 
     def start(self, hold: Hold | None = None) -> None:
-        """With a `hold`, made in this process, it takes memory of its GPU only when it is let go."""
+        """With a `hold`, made in this process, it takes memory of its GPU only when it is let go. `steer` follows."""
         self._receiver = GateReceiver(self._trace_step)
         asyncio.get_running_loop().add_reader(self._receiver.fileno(), self._receiver.drain)
         engine_args = self._engine_args()
@@ -131,10 +131,18 @@ class Engine:
             args["async_scheduling"] = False
         return args
 
-    async def serve(self, gate: GateSettings, repetition_penalty: float) -> None:
+    async def steer(self) -> None:
+        """Tells the model how strongly. After `start`, and with no row in flight."""
+        strength = self._settings.steering_strength
+        if strength is not None:
+            await self._llm.collective_rpc("set_steering_strength", args=(strength,))
+
+    async def serve(self, gate: GateSettings, repetition_penalty: float, steering_strength: float | None) -> None:
         """Goes on with these settings, as if it had been started with them: no prefix is cached from before."""
         self._gate = gate
-        self._settings = replace(self._settings, repetition_penalty=repetition_penalty)
+        decided = {"repetition_penalty": repetition_penalty, "steering_strength": steering_strength}
+        self._settings = replace(self._settings, **decided)
+        await self.steer()
         await self._llm.reset_prefix_cache()
 
     def limit_attribution(self, cache_tokens: int | None) -> None:

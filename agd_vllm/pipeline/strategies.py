@@ -46,6 +46,11 @@ class Strategy(ABC):
         """Vectors of each head that the engine's KV cache has for a token: keys and values."""
         return KEYS_AND_VALUES
 
+    @property
+    def steering_strength(self) -> float | None:
+        """What the engine's vectors are multiplied with; None where it has none."""
+        return None
+
     def engine_args(self, model: ModelInfo, dtype: str, given: dict[str, Any]) -> dict[str, Any]:
         """vLLM's engine arguments that it needs, beside the `given` ones.
 
@@ -269,7 +274,11 @@ class Steer(Greedily):
     name = "steer"
 
     def engine_args(self, model: ModelInfo, dtype: str, given: dict[str, Any]) -> dict[str, Any]:
-        return steering_engine_args(model, self.file, self.strength, self.norm, given)
+        return steering_engine_args(model, self.file, self.norm, given)
+
+    @property
+    def steering_strength(self) -> float | None:
+        return self.strength
 
 
 @dataclass(frozen=True, slots=True)
