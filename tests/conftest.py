@@ -60,7 +60,11 @@ def prepared_demo_rows(model: Path, count: int, max_tokens: int) -> list[Prepare
 
 
 def plain_vllm(
-    model: Path, rows: Iterable[tuple[list[int], dict[str, Any]]], output: Path, **engine_args: Any
+    model: Path,
+    rows: Iterable[tuple[list[int], dict[str, Any]]],
+    output: Path,
+    steering_strength: float | None = None,
+    **engine_args: Any,
 ) -> list[dict[str, Any]]:
     """Greedy outputs of plain `vllm.LLM` in float32: token_ids, text, finish_reason and
     where they are asked for logprobs of each (prompt, parameters)."""
@@ -70,6 +74,8 @@ def plain_vllm(
         "rows": [{"prompt_token_ids": prompt, "params": params} for prompt, params in rows],
         "output": str(output),
     }
+    if steering_strength is not None:
+        job["steering_strength"] = steering_strength
     command = [sys.executable, str(CHECKOUT / "tests/plain_vllm.py")]
     subprocess.run(command, input=json.dumps(job), text=True, check=True, capture_output=True, timeout=600)
     return json.loads(output.read_text())

@@ -34,6 +34,7 @@ OF_THE_WINGS_BELOW = {
         "agd_vllm.engine.gate_reports",
         "agd_vllm.engine.last_words",
         "agd_vllm.engine.orphans",
+        "agd_vllm.engine.penalty",
     }
 }
 

@@ -109,8 +109,8 @@ strategy_options = _together(
         type=float,
         default=1.0,
         show_default=True,
-        help="For greedy, dola, steer and emphasize: scores of tokens that prompt or answer hold are divided by it, "
-        "negative ones multiplied (the published DoLa scripts take 1.2).",
+        help="Logits of tokens that prompt or answer hold are divided by it, negative ones multiplied, before anything "
+        "is chosen (the published DoLa scripts take 1.2); not with attribution workers, nor for random-candidate.",
     ),
 )
 

@@ -12,11 +12,16 @@ from vllm import SamplingParams
 class BatchRow(msgspec.Struct):
     params: Any  # of the request; `prompt_len` among them is the length of its row's original prompt
     context_len: int  # prompt as vLLM sees it: after a resume it holds earlier outputs too
+    context_ids: list[int]  # vLLM's own list, which may grow beyond that
     output_ids: list[int]  # vLLM's own running list
 
     def step(self) -> int:
         """Output tokens of the row before the one that is sampled now."""
         return self.context_len + len(self.output_ids) - self.params.prompt_len
+
+    def token_ids(self) -> list[int]:
+        """Prompt and output so far."""
+        return self.context_ids[: self.context_len] + self.output_ids
 
 
 def checked_params(sampling_params: SamplingParams, name: str, kind: type) -> Any:
@@ -40,6 +45,7 @@ def new_row(name: str, kind: type) -> Callable[[SamplingParams, list[int] | None
         extra = (params.extra_args or {}).get(name)
         if extra is None:
             return None
-        return BatchRow(msgspec.convert(extra, kind), len(prompt_ids or ()), output_ids)
+        context_ids = prompt_ids or []
+        return BatchRow(msgspec.convert(extra, kind), len(context_ids), context_ids, output_ids)
 
     return make

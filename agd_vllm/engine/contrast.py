@@ -17,6 +17,7 @@ import msgspec
 import torch
 
 from agd_vllm.engine.channel import SOCKET_VARIABLE, Choice, GateSender
+from agd_vllm.engine.penalty import penalize
 from agd_vllm.engine.row_processor import Row, RowProcessor
 
 EXTRA_ARG = "agd_contrast"
@@ -27,7 +28,8 @@ class ContrastParams(msgspec.Struct, frozen=True):
 
     `key` names the pair in reports. `slot` is the pair's own while it lives, so that what is kept for pairs is bounded.
     `prompt_len` is the length of this sequence's original prompt. At `first_step`, the one that the session begins
-    with, logits may be those of an unfinished chunked prefill, whose sample vLLM discards.
+    with, logits may be those of an unfinished chunked prefill, whose sample vLLM discards. The `repetition_penalty` is
+    that of the contrast, for tokens of the prompt with the region and of the output.
     """
 
     key: int
@@ -37,6 +39,7 @@ class ContrastParams(msgspec.Struct, frozen=True):
     first_step: int
     pause_id: int
     alpha: float
+    repetition_penalty: float = 1.0
 
     def as_extra_args(self) -> dict[str, dict[str, Any]]:
         return {EXTRA_ARG: msgspec.to_builtins(self)}
@@ -46,6 +49,7 @@ class _Kept(NamedTuple):
     key: int
     step: int
     logits: torch.Tensor  # [vocab]
+    token_ids: torch.Tensor | None  # of prompt and output, where they are penalised
 
 
 Side = tuple[int, bool]  # slot, with the region
@@ -67,6 +71,8 @@ class Contrast:
     def check(params: ContrastParams) -> None:
         if not (params.alpha >= 0 and math.isfinite(params.alpha)):
             raise ValueError("a contrast needs a finite alpha >= 0")
+        if not (params.repetition_penalty > 0 and math.isfinite(params.repetition_penalty)):
+            raise ValueError("a contrast needs a finite repetition_penalty > 0")
 
     def process(self, logits: torch.Tensor, rows: Mapping[int, Row]) -> None:
         """The contrast in both rows of a pair in step, else PAUSE."""
@@ -95,6 +101,9 @@ class Contrast:
         alpha = torch.tensor([p.alpha for p in params], dtype=logits.dtype, device=self._device)
         pause = torch.tensor([p.pause_id for p in params], device=self._device)
         contrasts = contrast(logits[both[:, 0]], logits[both[:, 1]], alpha, pause)
+        if any(p.repetition_penalty != 1 for p in params):
+            tokens = [self._rows[one].token_ids() for one, _ in pairs]
+            contrasts = penalize(contrasts, tokens, [p.repetition_penalty for p in params])
         logits[both[:, 0]] = contrasts
         logits[both[:, 1]] = contrasts
         for p in params:
@@ -106,7 +115,9 @@ class Contrast:
         for index in indices:
             row = self._rows[index]
             params = row.params
-            self._kept[params.slot, params.with_region] = _Kept(params.key, row.step, logits[index].clone())
+            penalized = params.with_region and params.repetition_penalty != 1
+            token_ids = row.token_ids().clone() if penalized else None
+            self._kept[params.slot, params.with_region] = _Kept(params.key, row.step, logits[index].clone(), token_ids)
             logits[index, params.pause_id] = torch.finfo(logits.dtype).max
         slots = {self._rows[index].params.slot: self._rows[index].params for index in indices}
         return [choice for params in slots.values() if (choice := self._choice(params))]
@@ -118,8 +129,10 @@ class Contrast:
             return None
         alpha = torch.tensor([params.alpha], dtype=one.logits.dtype, device=self._device)
         pause = torch.tensor([params.pause_id], device=self._device)
-        token_id = int(contrast(one.logits[None], other.logits[None], alpha, pause).argmax())
-        return params.key, one.step, token_id
+        contrasts = contrast(one.logits[None], other.logits[None], alpha, pause)
+        if one.token_ids is not None:
+            contrasts = penalize(contrasts, [one.token_ids], [params.repetition_penalty])
+        return params.key, one.step, int(contrasts.argmax())
 
 
 def contrast(

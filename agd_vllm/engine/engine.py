@@ -52,7 +52,7 @@ class Engine:
         self._max_held_stops = sys.maxsize
 
     def start(self, hold: Hold | None = None) -> None:
-        """With a `hold`, made in this process, it takes memory of its GPU only when it is let go."""
+        """With a `hold`, made in this process, it takes memory of its GPU only when it is let go. `steer` follows."""
         self._receiver = GateReceiver(self._trace_step)
         asyncio.get_running_loop().add_reader(self._receiver.fileno(), self._receiver.drain)
         engine_args = self._engine_args()
@@ -92,6 +92,8 @@ class Engine:
     def _fit_model_runner(self, config: Any) -> None:
         """Installs the processors for the model runner that vLLM takes, which depends on all of its configuration."""
         v2, processors = config.use_v2_model_runner, self._settings.processors
+        # V1's sampler does so after all processors: where one chooses, it must do it itself.
+        self._penalizes_first = v2
         if config.scheduler_config.async_scheduling and not v2:
             raise ValueError("--engine-arg async_scheduling: only with vLLM's Model Runner V2; leave it out")
         config.model_config.logits_processors = [*(() if self._settings.plain else (GATE_PROCESSORS[v2],)), *processors]
@@ -129,10 +131,18 @@ class Engine:
             args["async_scheduling"] = False
         return args
 
-    async def serve(self, gate: GateSettings, repetition_penalty: float) -> None:
+    async def steer(self) -> None:
+        """Tells the model how strongly. After `start`, and with no row in flight."""
+        strength = self._settings.steering_strength
+        if strength is not None:
+            await self._llm.collective_rpc("set_steering_strength", args=(strength,))
+
+    async def serve(self, gate: GateSettings, repetition_penalty: float, steering_strength: float | None) -> None:
         """Goes on with these settings, as if it had been started with them: no prefix is cached from before."""
         self._gate = gate
-        self._settings = replace(self._settings, repetition_penalty=repetition_penalty)
+        decided = {"repetition_penalty": repetition_penalty, "steering_strength": steering_strength}
+        self._settings = replace(self._settings, **decided)
+        await self.steer()
         await self._llm.reset_prefix_cache()
 
     def limit_attribution(self, cache_tokens: int | None, block_tokens: int) -> None:
@@ -184,8 +194,9 @@ class Engine:
 
         self._check_stops(row)
         params = make_params(next(self._keys)) if make_params else None
-        sign = self.occupancy.sign_of_life
-        request = PlainRequest(self._llm, self._receiver, row, stops, f"{next(self._keys)}", params, sign)
+        sign, told = self.occupancy.sign_of_life, params is None or self._penalizes_first
+        penalty = self._settings.repetition_penalty if told else 1.0
+        request = PlainRequest(self._llm, self._receiver, row, stops, f"{next(self._keys)}", params, sign, penalty)
         try:
             with self.occupancy.session():
                 yield request
@@ -220,6 +231,7 @@ class Engine:
                     len(stops.token_ids),
                     self._model.pause_id,
                     alpha,
+                    self._settings.repetition_penalty,
                 )
                 for sequence in (row, beside)
             ]
@@ -235,10 +247,13 @@ class Engine:
                 await pair.close()
 
     def _open(self, row: PreparedRow, stops, params):
+        from agd_vllm.engine.contrast import ContrastParams
         from agd_vllm.engine.session import Session
 
         settings, sign = self._settings, self.occupancy.sign_of_life
-        common = (self._keys, settings.deadline_s, sign, settings.repetition_penalty)
+        # What is penalised of a pair is its contrast.
+        penalty = 1.0 if isinstance(params, ContrastParams) else settings.repetition_penalty
+        common = (self._keys, settings.deadline_s, sign, penalty)
         return Session(self._llm, self._receiver, row, stops, params, *common)
 
     def _trace_step(self, step: EngineStep) -> None:

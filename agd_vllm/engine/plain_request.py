@@ -22,7 +22,7 @@ class PlainRequest:
     """`await next()` decodes to the row's end. `close()` always, or vLLM decodes on.
 
     `llm` is an AsyncLLM or a SteppedLLM. `params`, where the row is guided: what its extra arguments are, with a `key`
-    and the prompt's `salt`.
+    and the prompt's `salt`. `repetition_penalty`: that of vLLM's sampler.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class PlainRequest:
         request_id: str,
         params: Any | None,
         sign_of_life: Callable[[], None],
+        repetition_penalty: float = 1.0,
     ):
         self._receiver = receiver
         self._stops = stops
@@ -46,6 +47,7 @@ class PlainRequest:
             prompt["cache_salt"] = params.salt
         sampling = SamplingParams(
             temperature=0.0,
+            repetition_penalty=repetition_penalty,
             max_tokens=row.max_tokens,
             min_tokens=row.min_tokens,
             stop_token_ids=list(row.stop_token_ids),

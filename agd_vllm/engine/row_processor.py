@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -20,10 +21,12 @@ from agd_vllm.engine.batch_rows import BatchRow, checked_params, new_row
 
 class Row(NamedTuple):
     """A request in a batch: its parameters, and the output step that is sampled now. In an unfinished chunk of a
-    prompt, whose sample vLLM throws away, that is the step after the prompt."""
+    prompt, whose sample vLLM throws away, that is the step after the prompt. `token_ids` gives those of its prompt and
+    output so far, int64."""
 
     params: Any
     step: int
+    token_ids: Callable[[], torch.Tensor]
 
 
 class RowWork(Protocol):
@@ -64,6 +67,7 @@ class _OnV1(LogitsProcessorV1):
     def __init__(self, work: type[RowWork], device: torch.device, is_pin_memory: bool):
         self._new_row = new_row(work.extra_arg, work.kind)
         self._rows: dict[int, BatchRow] = {}
+        self._device = device
         self._work = work(device, get_tensor_model_parallel_rank() == 0)
 
     def is_argmax_invariant(self) -> bool:
@@ -76,15 +80,19 @@ class _OnV1(LogitsProcessorV1):
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         if self._rows:
-            self._work.process(logits, {index: Row(row.params, row.step()) for index, row in self._rows.items()})
+            rows = {i: Row(row.params, row.step(), partial(self._token_ids, row)) for i, row in self._rows.items()}
+            self._work.process(logits, rows)
         return logits
+
+    def _token_ids(self, row: BatchRow) -> torch.Tensor:
+        return torch.tensor(row.token_ids(), device=self._device)
 
 
 class _OnV2(LogitsProcessorV2):
     def __init__(self, work: type[RowWork], requests: LogitsProcRequestState):
         self._extra_arg, self._kind = work.extra_arg, work.kind
         self._slots: dict[int, Any] = {}
-        self._prefill_lens = requests.prefill_len.np
+        self._prefill_lens, self._requests = requests.prefill_len.np, requests
         self._work = work(requests.device, get_tensor_model_parallel_rank() == 0)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
@@ -101,7 +109,10 @@ class _OnV2(LogitsProcessorV2):
             params = self._slots.get(slot)
             if params is not None:
                 seen = max(int(ctx.seq_lens_upper_bound_np[index]), int(self._prefill_lens[slot]))
-                rows[index] = Row(params, seen - params.prompt_len)
+                rows[index] = Row(params, seen - params.prompt_len, partial(self._token_ids, slot, seen))
         if rows:
             self._work.process(logits, rows)
         return logits
+
+    def _token_ids(self, slot: int, seen: int) -> torch.Tensor:
+        return self._requests.all_token_ids.gpu[slot, :seen].long()

@@ -19,7 +19,8 @@ class InlineParams(msgspec.Struct, frozen=True):
     """What a request carries in `SamplingParams.extra_args["agd_inline"]`; requests without it are left untouched.
 
     `key` names the row in reports. `rule` is the engine's. `salt` must be the prompt's `cache_salt`, too: cached blocks
-    hold the tangents of one region. `spans` are (start, end, weight), `heads` (layer, head).
+    hold the tangents of one region. `spans` are (start, end, weight), `heads` (layer, head). `repetition_penalty` is
+    applied before the gate: by vLLM's sampler on Model Runner V2, which is told of it, too, by our processor on V1.
     """
 
     key: int
@@ -30,6 +31,7 @@ class InlineParams(msgspec.Struct, frozen=True):
     min_prob: float
     spans: list[tuple[int, int, float]] = []
     heads: list[tuple[int, int]] = []
+    repetition_penalty: float = 1.0
 
     @property
     def roi(self) -> Roi:
@@ -47,9 +49,12 @@ def region_salt(roi: Roi, rule: str) -> str:
     return hashlib.sha256(repr((rule, spans, heads)).encode()).hexdigest()[:32]
 
 
-def inline_params_of(roi: Roi, key: int, rule: str, tau: float, top_k: int, min_prob: float) -> InlineParams:
+def inline_params_of(
+    roi: Roi, key: int, rule: str, tau: float, top_k: int, min_prob: float, repetition_penalty: float = 1.0
+) -> InlineParams:
     spans = [(span.start, span.end, span.weight) for span in roi.spans]
-    return InlineParams(key, rule, region_salt(roi, rule), tau, top_k, min_prob, spans, list(roi.heads))
+    salt = region_salt(roi, rule)
+    return InlineParams(key, rule, salt, tau, top_k, min_prob, spans, list(roi.heads), repetition_penalty)
 
 
 def inline_params(sampling_params: SamplingParams) -> InlineParams | None:
@@ -60,6 +65,8 @@ def inline_params(sampling_params: SamplingParams) -> InlineParams | None:
         return None
     if not params.tau >= 0 or params.top_k < 2 or not 0 <= params.min_prob <= 1:
         raise ValueError("a gate needs tau >= 0, top_k >= 2 and 0 <= min_prob <= 1")
+    if not (params.repetition_penalty > 0 and math.isfinite(params.repetition_penalty)):
+        raise ValueError("a repetition_penalty is a finite number above 0")
     if any(not 0 <= start < end or not math.isfinite(weight) for start, end, weight in params.spans):
         raise ValueError("a span of the region is (start, end, weight) with 0 <= start < end and a finite weight")
     if not params.spans and not params.heads:

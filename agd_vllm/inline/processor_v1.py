@@ -8,6 +8,7 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
+from agd_vllm.engine.penalty import penalize
 from agd_vllm.inline.arguments import rule_name
 from agd_vllm.inline.params import inline_params
 from agd_vllm.inline.runner import engine_params
@@ -40,10 +41,15 @@ class InlineProcessorV1(LogitsProcessor):
 
     def _new_row(self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> InlineRow | None:
         found = engine_params(params, self._rule)
-        return None if found is None else InlineRow.of(found, len(prompt_ids or ()), output_ids)
+        return None if found is None else InlineRow.of(found, prompt_ids or [], output_ids)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """`logits` float32 [batch, vocabulary]."""
         runner = self._runner
+        penalized = [index for index, row in runner.rows.items() if row.params.repetition_penalty != 1]
+        if penalized:
+            rows = [runner.rows[index] for index in penalized]
+            tokens = [torch.tensor(row.token_ids, device=logits.device) for row in rows]
+            logits[penalized] = penalize(logits[penalized], tokens, [row.params.repetition_penalty for row in rows])
         self._selection.apply(logits, runner.sampled_steps(), runner.tangents, runner.unembedding)
         return logits

@@ -24,16 +24,21 @@ class InlineRow:
     """A row of the batch with a region. `output_ids` is vLLM's own running list."""
 
     params: InlineParams
-    prompt_len: int
+    prompt_ids: list[int]
     output_ids: list[int]
     weights: torch.Tensor  # float32, of the prompt's tokens up to the region's end
     heads: dict[int, list[int]]
 
     @classmethod
-    def of(cls, params: InlineParams, prompt_len: int, output_ids: list[int]) -> InlineRow:
+    def of(cls, params: InlineParams, prompt_ids: list[int], output_ids: list[int]) -> InlineRow:
         roi = params.roi
-        end = min(prompt_len, max((span.end for span in roi.spans), default=0))
-        return cls(params, prompt_len, output_ids, token_weights(roi, 0, end), heads_by_layer(roi))
+        end = min(len(prompt_ids), max((span.end for span in roi.spans), default=0))
+        return cls(params, prompt_ids, output_ids, token_weights(roi, 0, end), heads_by_layer(roi))
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and output so far."""
+        return self.prompt_ids + self.output_ids
 
 
 class RunnerV1:
@@ -56,7 +61,7 @@ class RunnerV1:
         """Of each row with a region, in their order: output tokens before the one that is sampled now, None where vLLM
         throws it away: that of an unfinished chunk of a prompt."""
         return [
-            len(row.output_ids) if self.reached[i] == row.prompt_len + len(row.output_ids) else None
+            len(row.output_ids) if self.reached[i] == len(row.prompt_ids) + len(row.output_ids) else None
             for i, row in sorted(self.rows.items())
         ]
 

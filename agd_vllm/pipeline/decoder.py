@@ -119,7 +119,7 @@ class Decoder:
         options = self.options
         if options.inline or options.trace:
             return None
-        engine = replace(self._engine_settings(), repetition_penalty=1.0)
+        engine = replace(self._engine_settings(), repetition_penalty=1.0, steering_strength=None)
         attribution = self._attribution_settings() if self._strategy.attribution else None
         return self.model, engine, attribution, options.engines, options.workers, options.debug
 
@@ -153,12 +153,12 @@ class Decoder:
             max_model_len=options.max_model_len,
             seed=options.seed,
             trust_remote_code=options.trust_remote_code,
-            engine_args=self._own_args
-            | {key: value for key, value in options.engine_args.items() if key != "revision"},
+            engine_args=self._own_args | {k: v for k, v in options.engine_args.items() if k != "revision"},
             processors=self._strategy.processors,
             plain=self._strategy.inline,
             kv_planes=self._strategy.kv_planes,
             repetition_penalty=options.repetition_penalty,
+            steering_strength=self._strategy.steering_strength,
         )
 
     def _attribution_settings(self) -> AttributionSettings:

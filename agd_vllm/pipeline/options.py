@@ -26,8 +26,8 @@ from agd_vllm.pipeline.strategies import (
 
 DTYPES = ("auto", "float32", "bfloat16")
 INLINE = "inline"
-# Whose tokens are the most probable ones by what vLLM's sampler sees.
-PENALIZED = (Greedy.name, Dola.name, Steer.name, Emphasize.name)
+# And AGD inline; the gate of a session that pauses would see logits before vLLM's penalty.
+PENALIZED = (Greedy.name, Cad.name, Dola.name, Steer.name, Emphasize.name)
 SCORERS = (*WORKER_SCORERS, INLINE)
 
 
@@ -116,9 +116,10 @@ class DecoderOptions:
                 f"repetition_penalty {self.repetition_penalty}: must be a finite number above 0; 1 is none",
             ),
             (
-                self.repetition_penalty == 1 or self.strategy in PENALIZED,
-                f"repetition_penalty: strategy {self.strategy} has none; leave it out, or take one of "
-                f"{', '.join(PENALIZED)}",
+                self.repetition_penalty == 1 or self.strategy in PENALIZED or self.inline,
+                f"repetition_penalty: strategy {self.strategy} has none"
+                + (" with attribution workers" if self.strategy == Agd.name else "")
+                + f"; leave it out, or take {', '.join(PENALIZED)}, or agd with scorer inline",
             ),
             (
                 self.repetition_penalty == 1 or not self.entropies,
@@ -175,7 +176,7 @@ class DecoderOptions:
         return "none" if self.roi_heads else "role=system"
 
     def make_strategy(self) -> Strategy:
-        inline = InlineAgd(self.rule, self.tau, self.top_k, self.min_prob)
+        inline = InlineAgd(self.rule, self.tau, self.top_k, self.min_prob, self.repetition_penalty)
         made = {
             Agd.name: inline if self.inline else Agd(),
             Greedy.name: Greedy(self.entropies),

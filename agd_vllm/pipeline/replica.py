@@ -106,6 +106,7 @@ class Replica:
             # In a thread: while vLLM starts, this loop stands still.
             threading.Thread(target=_let_go, args=(hold, list(self._after)), daemon=True).start()
         self._engine.start(hold)
+        await self._engine.steer()
         await self._take_first_steps()
         return ReplicaInfo(self._engine.max_model_len, self._engine.max_sessions, time.perf_counter() - begun)
 
@@ -126,7 +127,7 @@ class Replica:
     async def serve(self, strategy: Strategy, gate: GateSettings, repetition_penalty: float) -> None:
         """Goes on with another strategy, whose rows come from now on."""
         self._strategy = strategy
-        await self._engine.serve(gate, repetition_penalty)
+        await self._engine.serve(gate, repetition_penalty, strategy.steering_strength)
 
     async def attach(self, workers: list[Any], stateful: bool, cache_tokens: int | None, bounds: BatchBounds) -> None:
         """Names the attribution workers, which rows wait for; with none of them no row is guided by attribution.

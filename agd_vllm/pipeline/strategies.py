@@ -46,6 +46,11 @@ class Strategy(ABC):
         """Vectors of each head that the engine's KV cache has for a token: keys and values."""
         return KEYS_AND_VALUES
 
+    @property
+    def steering_strength(self) -> float | None:
+        """What the engine's vectors are multiplied with; None where it has none."""
+        return None
+
     def engine_args(self, model: ModelInfo, dtype: str, given: dict[str, Any]) -> dict[str, Any]:
         """vLLM's engine arguments that it needs, beside the `given` ones.
 
@@ -155,6 +160,7 @@ class InlineAgd(Strategy):
     tau: float
     top_k: int
     min_prob: float
+    repetition_penalty: float = 1.0
     name = Agd.name
     pauses = False
     inline = True
@@ -182,7 +188,7 @@ class InlineAgd(Strategy):
         from agd_vllm.inline.params import inline_params_of
 
         roi = decoding.row.roi
-        gate = (self.rule, self.tau, self.top_k, self.min_prob)
+        gate = (self.rule, self.tau, self.top_k, self.min_prob, self.repetition_penalty)
         async with decoding.engine.request(
             decoding.row, decoding.stops, lambda key: inline_params_of(roi, key, *gate)
         ) as request:
@@ -268,7 +274,11 @@ class Steer(Greedily):
     name = "steer"
 
     def engine_args(self, model: ModelInfo, dtype: str, given: dict[str, Any]) -> dict[str, Any]:
-        return steering_engine_args(model, self.file, self.strength, self.norm, given)
+        return steering_engine_args(model, self.file, self.norm, given)
+
+    @property
+    def steering_strength(self) -> float | None:
+        return self.strength
 
 
 @dataclass(frozen=True, slots=True)

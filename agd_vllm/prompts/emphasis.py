@@ -19,7 +19,9 @@ def emphasized(row: InputRow, selectors: tuple[Selector, ...], rendered: Rendere
         raise RowRefused("emphasize", "strategy emphasize adds to a user message, the row has none; give it one")
     texts = positive_texts(selectors, rendered)
     if not texts:
-        raise RowRefused("emphasize", "no part of the region has a positive weight, so there is nothing to emphasize")
+        raise RowRefused(
+            "emphasize", "no part of the region has a positive weight; give one that has, to be said again"
+        )
     messages = list(row.messages)
     messages[last] = messages[last] | {"content": "\n\n".join([messages[last]["content"], *texts])}
     return dataclasses.replace(row, messages=tuple(messages))

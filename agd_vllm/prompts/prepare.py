@@ -106,7 +106,15 @@ class Preparer:
 
     def _emphasize(self, row: InputRow) -> InputRow:
         selectors = self._default_roi if row.roi is None else row.roi
-        return row if selectors is None else emphasized(row, selectors, self._render(row))
+        if selectors is None:
+            self._say_once(
+                "emphasize",
+                row,
+                "it names no region, so nothing is said again and it is decoded greedily; give the row a roi, or all "
+                "such rows one by --roi",
+            )
+            return row
+        return emphasized(row, selectors, self._render(row))
 
     def warn_of_region(self, row: InputRow, prepared: PreparedRow) -> None:
         """Warns of a region with the prompt's first token, which draws much of all attention, whatever it says."""

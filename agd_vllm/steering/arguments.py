@@ -16,20 +16,27 @@ CLASSES = {
 }
 
 
-def engine_args(model: ModelInfo, file: str, strength: float, norm: bool, given: dict[str, Any]) -> dict[str, Any]:
-    """vLLM's engine arguments beside the `given` ones.
+EXTENSION = "worker_extension_cls"
+
+
+def engine_args(model: ModelInfo, file: str, norm: bool, given: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's engine arguments beside the `given` ones. The engine's `collective_rpc("set_steering_strength")` is to be
+    called before it decodes: until then the strength is 0.
 
     Raises ValueError, in one line, for a model, a file or arguments that it has no code for (InputUnusable for a file
     that cannot be opened).
     """
+    if given.get(EXTENSION):
+        raise ValueError(f"--engine-arg {EXTENSION}: strategy steer has its own; leave it out")
     config, overrides = class_override(model, CLASSES, given, "steer", "that steers")
     vectors = read_vectors(file)
     check_vectors(file, vectors, model, config.hidden_size)
-    settings = {"file": absolute(file), "digest": vectors.digest, "strength": strength, "norm": norm}
+    settings = {"file": absolute(file), "digest": vectors.digest, "norm": norm}
     return {
         "model_class_overrides": overrides,
         # Part of the key of vLLM's compile cache, and so is the digest: files may change under their names.
         "additional_config": {CONFIG: settings},
+        EXTENSION: "agd_vllm.steering.worker.SteeringWorker",
     }
 
 

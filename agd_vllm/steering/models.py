@@ -27,8 +27,15 @@ class Steered:
         if vectors.digest != settings["digest"]:
             raise ValueError(f"--steering {settings['file']}: the file has changed since the run began; run again")
         device = next(self.parameters()).device
-        for number, vector in vectors.layers.items():
-            _steer(self.model.layers[number], (settings["strength"] * vector).to(device), settings["norm"])
+        self._steering = {number: vector.to(device) for number, vector in vectors.layers.items()}
+        for number, vector in self._steering.items():
+            _steer(self.model.layers[number], torch.zeros_like(vector), settings["norm"])
+
+    @torch.inference_mode()
+    def set_steering_strength(self, strength: float) -> None:
+        """In place, where a compiled model and a CUDA graph read it; 0 until then."""
+        for number, vector in self._steering.items():
+            self.model.layers[number].steering_offset.copy_(strength * vector)
 
 
 def _steer(layer: nn.Module, offset: torch.Tensor, norm: bool) -> None:

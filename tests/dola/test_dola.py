@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from command_line import fails
-from conftest import CHECKOUT, DEMO_ROWS, plain_vllm
+from conftest import CHECKOUT, DEMO_ROWS, RUNNER_V2, plain_vllm
 from dola_recorded import RECORDED, model
 from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
 
@@ -24,12 +24,25 @@ GENERATIONS = RECORDED["generations"]
 )
 def test_vllm_generates_what_was_recorded(tmp_path, number):
     entry = GENERATIONS[number]
+    assert_generated(tmp_path, entry)
+
+
+@pytest.mark.long
+def test_model_runner_v2_generates_what_was_recorded(tmp_path, monkeypatch):
+    """That of GPUs, its kernels interpreted; prompts in chunks."""
+    for name, value in RUNNER_V2.items():
+        monkeypatch.setenv(name, value)
+    assert_generated(tmp_path, GENERATIONS[0], max_num_seqs=8, max_num_batched_tokens=16)
+
+
+def assert_generated(tmp_path, entry, **engine_arguments):
     folder = tmp_path / "model"
     model(entry).save_pretrained(folder)
     layers = entry["dola_layers"]
     named = layers if isinstance(layers, str) else "+".join(map(str, layers))
     info = ModelInfo(str(folder), None, False, frozenset(), None, 128, 512, 8, 2)
     args = engine_args(info, named, 0.1, {}) | {"skip_tokenizer_init": True, "max_model_len": 128}
+    args |= engine_arguments
     rows = [(row["prompt"], {"max_tokens": len(row["tokens"]), "detokenize": False}) for row in entry["rows"]]
     decoded = plain_vllm(folder, rows, tmp_path / "out.json", **args)
     assert [row["token_ids"] for row in decoded] == [row["tokens"] for row in entry["rows"]]

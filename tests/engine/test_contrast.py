@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import CHECKOUT, DEMO_ROWS, RUNNER_V2
+from transformers import RepetitionPenaltyLogitsProcessor
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
@@ -26,12 +27,16 @@ FORCED = torch.finfo(torch.float32).max
 class Sequence:
     """A session of vLLM's, opened at output step `begun`."""
 
-    def __init__(self, key: int, with_region: bool, slot: int = 0, begun: int = 0):
-        prompt = 5 if with_region else 3
+    def __init__(self, key: int, with_region: bool, slot: int = 0, begun: int = 0, penalty: float = 1.0):
+        prompt = [0, 1, 2, 3, 4] if with_region else [0, 7, 8]
         self.with_region = with_region
-        params = ContrastParams(key, slot, with_region, prompt, begun, PAUSE, ALPHA)
+        params = ContrastParams(key, slot, with_region, len(prompt), begun, PAUSE, ALPHA, penalty)
         self.params = SamplingParams(temperature=0, extra_args=params.as_extra_args())
-        self.context, self.output = [0] * (prompt + begun), []
+        self.context, self.output = prompt + [0] * begun, []
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.context + self.output
 
     def resume(self, token_id: int) -> None:
         self.context, self.output = self.context + self.output + [token_id], []
@@ -73,8 +78,15 @@ class BatchV2(BatchV1):
 
     def __init__(self):
         self._prefill_lens = np.zeros(SLOTS, dtype=np.int32)
+        self._token_ids = torch.zeros(SLOTS, 64, dtype=torch.int32)
         self._requests = LogitsProcRequestState(
-            torch.device("cpu"), SLOTS, VOCAB, None, None, SimpleNamespace(np=self._prefill_lens), None
+            torch.device("cpu"),
+            SLOTS,
+            VOCAB,
+            SimpleNamespace(gpu=self._token_ids),
+            None,
+            SimpleNamespace(np=self._prefill_lens),
+            None,
         )
         self._processor = ContrastProcessor(SimpleNamespace(use_v2_model_runner=True), self._requests)
 
@@ -83,6 +95,7 @@ class BatchV2(BatchV1):
         seen = np.zeros(len(added), dtype=np.int32)
         for slot, (index, params, context, output) in zip(slots.tolist(), added, strict=True):
             self._processor.add_request(slot, params)
+            self._token_ids[slot, : len(context) + len(output)] = torch.tensor(context + output)
             self._prefill_lens[slot], seen[index] = len(context), len(context) + len(output)
         context = LogitsContext(*[None] * 2, slots, *[None] * 3, seen)
         return self._processor.apply(logits, context)
@@ -205,7 +218,34 @@ def test_a_masked_token_stays_impossible(batch, receiver):
     assert (after[:, 3] == float("-inf")).all()
 
 
-@pytest.mark.parametrize(("name", "value"), [("alpha", -1.0), ("alpha", float("nan")), ("slot", "first")])
+def test_a_penalty_is_the_contrasts_by_the_prompt_with_the_region(batch, receiver):
+    """At the pause of a first step and in step after it; the sequence without the region has other tokens."""
+    one, other = Sequence(1, True, penalty=1.5), Sequence(1, False, penalty=1.5)
+    penalize = RepetitionPenaltyLogitsProcessor(1.5)
+
+    def penalized(tokens, before):
+        plain = formula(*before)
+        contrast = penalize(torch.tensor([tokens]), plain[None])[0]
+        assert contrast[tokens].ne(plain[tokens]).all()
+        return contrast
+
+    before, after = batch.sample(one, other)
+    assert paused(*after)
+    token_id = receiver.take_choice(1, 0)
+    assert token_id == penalized(one.token_ids, before).argmax()
+    for each in (one, other):
+        each.resume(token_id)
+    for _ in range(3):
+        tokens = one.token_ids
+        before, after = batch.sample(one, other)
+        torch.testing.assert_close(after[0], penalized(tokens, before))
+        assert torch.equal(after[0], after[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("alpha", -1.0), ("alpha", float("nan")), ("slot", "first"), ("repetition_penalty", 0.0)],
+)
 def test_parameters_are_checked_before_they_reach_the_engine(name, value):
     params = ContrastParams(1, 0, True, 5, 0, PAUSE, ALPHA).as_extra_args()[EXTRA_ARG] | {name: value}
     with pytest.raises(ValueError, match=name):

@@ -1,7 +1,9 @@
 """`agd-vllm evaluate` end to end, on real engines, and what stops it before one is started."""
 
+import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -11,6 +13,8 @@ import torch
 from command_line import fails, run
 from conftest import CHECKOUT
 from transformers import AutoModelForCausalLM
+
+from agd_vllm.steering.vector_file import SteeringVectors, write_vectors
 
 SYSTEM = "Use no commas. Answer in at least three words."
 RULES = {
@@ -99,22 +103,32 @@ def test_strategies_that_can_share_an_engine_load_it_once_and_decode_the_same(tm
     common = ["--model", str(smollm2), "--dtype", "float32", "--max-model-len", "512", "--max-tokens", "12"]
     common += ["--engine-arg", "enforce_eager=true", "--engine-arg", "kv_cache_memory_bytes=268435456"]
     output, alone = tmp_path / "out", tmp_path / "alone"
-    strategies = "greedy,dola,emphasize:repetition-penalty=1.3"
+    vectors = tmp_path / "v.safetensors"
+    drawn = 4 * torch.randn(576, generator=torch.Generator().manual_seed(0))
+    write_vectors(str(vectors), SteeringVectors({15: drawn}, "caa", str(smollm2)))
+    steers = [f"steer:steering={vectors}:steering-strength={strength}" for strength in (2, -2, 0)]
+    strategies = ",".join(["greedy", steers[0], "emphasize:repetition-penalty=1.3", *steers[1:]])
     command = [sys.executable, "-m", "agd_vllm"]
     shared = ["evaluate", "--suite", "jsonl", "--data", data, "--output", str(output), "--strategies", strategies]
     subprocess.run([*command, *shared, *common], cwd=CHECKOUT, check=True, timeout=400)
-    own = ["decode", data, "--output", str(alone), "--strategy", "emphasize", "--repetition-penalty", "1.3"]
-    subprocess.run([*command, *own, *common], cwd=CHECKOUT, check=True, timeout=300)
-    folders = [output / name for name in ("greedy", "dola", "emphasize-repetition-penalty-1-3")]
+    for name, strategy in (
+        ("emphasize", ["--repetition-penalty", "1.3"]),
+        ("steer", ["--steering", str(vectors), "--steering-strength", "-2"]),
+    ):
+        own = ["decode", data, "--output", str(alone / name), "--strategy", name, *strategy]
+        subprocess.run([*command, *own, *common], cwd=CHECKOUT, check=True, timeout=300)
+    folders = [output / re.sub("[^A-Za-z0-9]", "-", strategy) for strategy in strategies.split(",")]
     loading = [json.loads((folder / "summary.json").read_text())["load_seconds"] for folder in folders]
-    assert loading[2] < 3 < min(loading[:2])
-    shared, own = ({row["id"]: row["token_ids"] for row in read(folder)} for folder in (folders[2], alone))
-    assert shared == own and len(own) == 5
-    assert shared != {row["id"]: row["token_ids"] for row in read(folders[0])}
+    assert max(loading[2:]) < 3 < min(loading[:2])
+    greedy, strong, emphasized, negative, nothing = map(tokens, folders)
+    assert emphasized == tokens(alone / "emphasize") and len(emphasized) == 5
+    assert negative == tokens(alone / "steer")
+    assert nothing == greedy
+    assert all(one != other for one, other in itertools.combinations((greedy, strong, emphasized, negative), 2))
 
 
-def read(folder):
-    return pq.read_table(folder / "results").to_pylist()
+def tokens(folder):
+    return {row["id"]: row["token_ids"] for row in pq.read_table(folder / "results").to_pylist()}
 
 
 @pytest.mark.parametrize(

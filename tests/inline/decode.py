@@ -1,10 +1,11 @@
 """Rows decoded with inline attribution by an engine of one process, in float32: decode.py < JOB.json
 
-A job has a model, engine_args, an output, and `runs` one after another on one engine: rows and tau, and whether reports
-are `dropped`. Each answers with its rows, faults, model runner and scheduling, and how often vLLM preempted and took
-tokens from its prefix cache.
+A job has a model, engine_args, an output, and `runs` one after another on one engine: rows and tau, whether reports are
+`dropped`, and a repetition `penalty`. Each answers with its rows, faults, model runner and scheduling, and how often
+vLLM preempted and took tokens from its prefix cache.
 """
 
+import dataclasses
 import json
 import sys
 from collections import Counter
@@ -89,7 +90,9 @@ def main() -> None:
     for run in job["runs"]:
         COUNTS.clear()
         COUNTS["to_drop"] = run.get("dropped", 0)
-        strategy = InlineAgd(job.get("rule", "attnlrp"), run["tau"], 5, 0.05)
+        penalty = run.get("penalty", 1.0)
+        engine.engine._settings = dataclasses.replace(engine.engine._settings, repetition_penalty=penalty)
+        strategy = InlineAgd(job.get("rule", "attnlrp"), run["tau"], 5, 0.05, penalty)
         rows = engine.decode([prepared(row) for row in run["rows"]], strategy=strategy)
         results.append({"rows": list(map(outcome, rows)), "faults": dict(engine.faults.counts), **kind, **COUNTS})
     Path(job["output"]).write_text(json.dumps(results))

@@ -115,4 +115,4 @@ class InlineModel:
             self._runner.apply_staged_writes()
 
     def _row(self, tokens: list[int], roi: Roi) -> InlineRow:
-        return InlineRow.of(inline_params_of(roi, 0, self._rule, 0.0, 5, 0.0), len(tokens), [])
+        return InlineRow.of(inline_params_of(roi, 0, self._rule, 0.0, 5, 0.0), list(tokens), [])

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import CHECKOUT, ENGINE_ARGS, RUNNER_V2, prepared_demo_rows
+from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
 
 from agd_vllm.attribution.forward import ForwardScorer
 from agd_vllm.records import PreparedRow, Roi, ScoreRequest, Span
 
 sys.path.append(str(Path(__file__).parent))
 TOKENS = 24
+PENALTY, PENALTY_TAU = 1.3, 1.0
 # A cache of some hundred tokens and prompts in chunks: rows are preempted and computed again.
 TIGHT = {"max_num_batched_tokens": 64, "block_size": 32, "num_gpu_blocks_override": 17, "kv_cache_memory_bytes": None}
 
@@ -128,8 +131,47 @@ def runs(smollm2, groups, rows, tmp_path_factory):
     asked = [{"rows": groups[name], "tau": 1.734} for name in ("plain", "users", "regions")]
     asked += [{"rows": rows, "tau": tau} for tau in (1.734, 0.0)]
     asked.append({"rows": rows, "tau": 1.734, "dropped": 1})
+    asked.append({"rows": to_penalize(groups), "tau": PENALTY_TAU, "penalty": PENALTY})
     done = decode(smollm2, tmp_path_factory.mktemp("inline"), asked, block_size=16)
-    return dict(zip(("plain", "users", "regions", "gated", "full", "lost"), done, strict=True))
+    return dict(zip(("plain", "users", "regions", "gated", "full", "lost", "penalized"), done, strict=True))
+
+
+def to_penalize(groups) -> list[PreparedRow]:
+    """With regions, and one without."""
+    chosen = [*groups["plain"][:2], groups["regions"][3]]
+    return [renamed(row, "penalized", max_tokens=12) for row in chosen]
+
+
+@pytest.fixture(scope="module")
+def penalized(smollm2, groups):
+    """Token by token, on penalised logits: of Transformers' model by its own processor."""
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    penalize, scorer = RepetitionPenaltyLogitsProcessor(PENALTY), ForwardScorer(str(smollm2))
+    return [literal(model, penalize, scorer, row) for row in to_penalize(groups)]
+
+
+@torch.no_grad()
+def literal(model, penalize, scorer, row: PreparedRow) -> dict[str, Any]:
+    ids, steps = list(row.prompt_token_ids), []
+    for step in range(row.max_tokens):
+        context = torch.tensor([ids])
+        probs = penalize(context, model(context).logits[:, -1])[0].softmax(-1)
+        entropy = torch.special.entr(probs).sum().item()
+        top = probs.topk(5)
+        among = [token for token, prob in zip(top.indices.tolist(), top.values, strict=True) if prob >= 0.05]
+        chosen = int(probs.argmax())
+        if row.roi and entropy >= PENALTY_TAU and len(among) > 1:
+            (scores,) = scorer.score([ScoreRequest(row.id, 0, ids, row.roi, among)])
+            chosen = among[scores.index(max(scores))]
+            steps.append([step, among, chosen, entropy, top.values[: len(among)].tolist(), scores])
+        ids.append(chosen)
+    return {"token_ids": ids[len(row.prompt_token_ids) :], "steps": steps}
+
+
+def assert_penalized(run, penalized) -> None:
+    assert sum(len(row["steps"]) for row in penalized) > 6
+    ends = [{"text": row["text"], "finish_reason": row["finish_reason"]} for row in run["rows"]]
+    assert_same(run["rows"], [row | end for row, end in zip(penalized, ends, strict=True)])
 
 
 def of(expected, rows, groups, name):
@@ -164,6 +206,12 @@ def test_rows_whose_report_was_lost_are_decoded_again(runs, expected):
     assert_same(runs["lost"]["rows"], expected[1.734])
 
 
+def test_the_gate_sees_penalised_logits(runs, expected, rows, groups, penalized):
+    assert_penalized(runs["penalized"], penalized)
+    plain = of(expected, rows, groups, "plain")[:2]
+    assert [row["token_ids"][:12] for row in plain] != [row["token_ids"] for row in penalized[:2]]
+
+
 def test_chunks_and_preemptions_change_nothing(smollm2, rows, expected, tmp_path):
     (run,) = decode(smollm2, tmp_path, [{"rows": rows, "tau": 1.734}], max_model_len=512, **TIGHT)
     assert run["preemptions"] > 0
@@ -171,12 +219,15 @@ def test_chunks_and_preemptions_change_nothing(smollm2, rows, expected, tmp_path
 
 
 @pytest.mark.long
-def test_so_it_decodes_on_model_runner_v2(smollm2, groups, rows, expected, tmp_path):
-    """With asynchronous scheduling: prefix hits and no false one, regions of every kind, a lost report."""
+def test_so_it_decodes_on_model_runner_v2(smollm2, groups, rows, expected, penalized, tmp_path):
+    """With asynchronous scheduling: prefix hits and no false one, regions of every kind, a lost report, a penalty."""
     few = {name: groups[name][:count] for name, count in (("plain", 2), ("users", 1), ("regions", 4), ("stops", 2))}
     few["lost"] = few["plain"] + few.pop("stops")
     asked = [{"rows": chosen, "tau": 1.734, "dropped": int(name == "lost")} for name, chosen in few.items()]
-    done = dict(zip(few, decode(smollm2, tmp_path, asked, RUNNER_V2, block_size=16), strict=True))
+    asked.append({"rows": to_penalize(groups), "tau": PENALTY_TAU, "penalty": PENALTY})
+    *found, last = decode(smollm2, tmp_path, asked, RUNNER_V2, block_size=16)
+    assert_penalized(last, penalized)
+    done = dict(zip(few, found, strict=True))
     for name, run in done.items():
         assert run["v2"] and run["async"]
         assert_same(run["rows"], [found for row, found in zip(rows, expected[1.734], strict=True) if row in few[name]])

@@ -53,9 +53,9 @@ def test_a_decoder_without_a_model():
 def test_options_that_do_not_go_together(smollm2):
     with pytest.raises(ValueError, match=r"roi_heads.*cad"):
         Decoder(str(smollm2), strategy="cad", roi_heads="heads.json")
-    for strategy in ("agd", "cad", "random-candidate"):
-        with pytest.raises(ValueError, match=f"repetition_penalty: strategy {strategy} has none"):
-            Decoder(str(smollm2), strategy=strategy, repetition_penalty=1.2)
+    for choice in ({"strategy": "agd"}, {"strategy": "agd", "scorer": "lxt"}, {"strategy": "random-candidate"}):
+        with pytest.raises(ValueError, match=f"repetition_penalty: strategy {choice['strategy']} has none.*, or take"):
+            Decoder(str(smollm2), **choice, repetition_penalty=1.2)
     with pytest.raises(ValueError, match=r"roi_heads.*emphasize"):
         Decoder(str(smollm2), strategy="emphasize", roi_heads="heads.json")
     with pytest.raises(ValueError, match=r"entropies.*greedy"):

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 from conftest import TightEngine, prepared_demo_rows
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
 
 from agd_vllm.pipeline.draws import Draws
 from agd_vllm.pipeline.row_loop import decode_row
@@ -91,6 +91,23 @@ def test_cad_is_its_formula_at_every_step(contrasted, rows, greedy, transformers
         assert (logits.amax(-1) - chosen).max() < TIE, row.id
         different += output != plain
     assert different > len(rows) // 2
+
+
+def test_a_penalty_on_cad_is_that_of_transformers_on_its_formula(
+    engine, rows, contrasted, transformers_model, monkeypatch
+):
+    """Prompts in chunks, so with pauses beyond the first step, too; by tokens of the prompt with the region."""
+    penalty, some = 1.3, rows[:4]
+    settings = dataclasses.replace(engine.engine._settings, repetition_penalty=penalty)
+    monkeypatch.setattr(engine.engine, "_settings", settings)
+    penalize = RepetitionPenaltyLogitsProcessor(penalty)
+    found = tokens(engine.decode(some, strategy=Cad(ALPHA)))
+    for row, output in zip(some, found, strict=True):
+        for step, logits in enumerate(formula(transformers_model, row, output, ALPHA)):
+            held = torch.tensor([row.prompt_token_ids + output[:step]])
+            (logits,) = penalize(held, logits[None])
+            assert logits.max() - logits[output[step]] < TIE, (row.id, step)
+    assert found != tokens(contrasted)[:4]
 
 
 def test_cad_without_contrast_is_greedy(engine, rows, greedy):

@@ -55,4 +55,8 @@ def test_a_row_that_cannot_say_its_region_is_refused():
 
 def test_without_a_region_a_row_is_as_it_was():
     plain = preparer(guided=False, default_roi=None).prepare(CHAT)
-    assert preparer(guided=False, emphasized=True, default_roi=None).prepare(CHAT) == plain
+    emphasizing, said = preparer(guided=False, emphasized=True, default_roi=None), []
+    emphasizing.warn = said.append
+    assert [emphasizing.prepare(CHAT) for _ in range(2)] == [plain, plain]
+    (hint,) = said
+    assert "names no region, so nothing is said again" in hint and "--roi" in hint

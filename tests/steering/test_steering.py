@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from command_line import fails
-from conftest import CHECKOUT, DEMO_ROWS, plain_vllm, prepared_demo_rows
+from conftest import CHECKOUT, DEMO_ROWS, RUNNER_V2, plain_vllm, prepared_demo_rows
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -86,7 +86,7 @@ def test_logits_are_those_of_hooks_on_transformers(smollm2, tmp_path, norm):
     """Prompts in chunks, the rows side by side, against one row at a time."""
     vectors = write(tmp_path / "v.safetensors", smollm2)
     prompts = [row.prompt_token_ids for row in prepared_demo_rows(smollm2, 4, NEW)]
-    args = engine_args(info(smollm2), str(tmp_path / "v.safetensors"), STRENGTH, norm, {})
+    args = engine_args(info(smollm2), str(tmp_path / "v.safetensors"), norm, {}) | {"steering_strength": STRENGTH}
     rows = [(prompt, {"max_tokens": NEW, "ignore_eos": True, "logprobs": TOP}) for prompt in prompts]
     decoded = plain_vllm(smollm2, rows, tmp_path / "out.json", max_num_batched_tokens=64, **args)
     plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
@@ -112,14 +112,31 @@ def tiny_job(folder, name):
 def test_every_family_is_steered(tmp_path, name):
     model, prompts, rows, args = tiny_job(tmp_path / name, name)
     vectors = write(tmp_path / "v.safetensors", name, (0, 2), 64)
-    args |= engine_args(info(tmp_path / name, 3), str(tmp_path / "v.safetensors"), 1.5, True, {})
+    args |= engine_args(info(tmp_path / name, 3), str(tmp_path / "v.safetensors"), True, {})
+    args |= {"steering_strength": 1.5}
     decoded = plain_vllm(tmp_path / name, rows, tmp_path / "out.json", **args)
     assert_logprobs_are_those_of(hooked(model, vectors, 1.5, True), prompts, decoded)
 
 
 @pytest.mark.long
+def test_model_runner_v2_steers_as_the_other_does(tmp_path, monkeypatch):
+    """That of GPUs, its kernels interpreted; prompts in chunks."""
+    for variable, value in RUNNER_V2.items():
+        monkeypatch.setenv(variable, value)
+    model, prompts, rows, args = tiny_job(tmp_path / "llama", "llama")
+    vectors = write(tmp_path / "v.safetensors", "llama", (0, 2), 64)
+    args |= engine_args(info(tmp_path / "llama", 3), str(tmp_path / "v.safetensors"), True, {})
+    chunks = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "steering_strength": 1.5}
+    decoded = plain_vllm(tmp_path / "llama", rows, tmp_path / "out.json", **args, **chunks)
+    with pytest.raises(AssertionError):
+        assert_logprobs_are_those_of(model, prompts, decoded)
+    assert_logprobs_are_those_of(hooked(model, vectors, 1.5, True), prompts, decoded)
+
+
+@pytest.mark.long
 def test_compiled_models_are_each_their_own(tmp_path, monkeypatch):
-    """One compile cache for a model unsteered and steered; not compiled, strength 0 is greedy to the token."""
+    """One compile cache for a model unsteered, and steered at two strengths, which share what is compiled; not
+    compiled, strength 0 is greedy to the token."""
     model, prompts, rows, args = tiny_job(tmp_path / "llama", "llama")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     file = tmp_path / "v.safetensors"
@@ -130,9 +147,9 @@ def test_compiled_models_are_each_their_own(tmp_path, monkeypatch):
     greedy = decode(0, {"enforce_eager": False})
     assert_logprobs_are_those_of(model, prompts, greedy)
     vectors = write(file, "llama", (0, 2), 64)
-    for number, strength in enumerate((1.5, 0.0), start=1):
-        steering = engine_args(info(tmp_path / "llama", 3), str(file), strength, True, {})
-        decoded = decode(number, steering | {"enforce_eager": strength == 0})
+    steering = engine_args(info(tmp_path / "llama", 3), str(file), True, {})
+    for number, strength in enumerate((1.5, -1.5, 0.0), start=1):
+        decoded = decode(number, steering | {"enforce_eager": strength == 0, "steering_strength": strength})
         tokens, plain = ([row["token_ids"] for row in rows] for rows in (decoded, greedy))
         assert (tokens == plain) == (strength == 0)
         steered = hooked(AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), vectors, strength, True)
@@ -144,13 +161,13 @@ def test_compiled_models_are_each_their_own(tmp_path, monkeypatch):
 def test_the_key_of_the_compile_cache_knows_the_vectors(smollm2, tmp_path):
     from vllm.config import VllmConfig
 
-    def key(seed, strength=1.0, norm=True):
+    def key(seed, norm=True):
         write(tmp_path / "v.safetensors", smollm2, seed=seed)
-        args = engine_args(info(smollm2), str(tmp_path / "v.safetensors"), strength, norm, {})
+        args = engine_args(info(smollm2), str(tmp_path / "v.safetensors"), norm, {})
         return VllmConfig(additional_config=args["additional_config"]).compute_hash()
 
-    keys = {VllmConfig().compute_hash(), key(0), key(1), key(1, 2.0), key(1, 2.0, False)}
-    assert len(keys) == 5
+    keys = {VllmConfig().compute_hash(), key(0), key(1), key(1, norm=False)}
+    assert len(keys) == 4
     assert key(0) in keys
 
 
@@ -190,6 +207,11 @@ def test_the_command_decodes_as_hooks_and_a_penalty_do(smollm2, tmp_path):
         ({"width": 64}, (), "layer 7 has 64 features, those of"),
         ({"layers": (3, 30)}, (), "--steering: no layer 30; the model has layers 0 to 29"),
         ({}, ("--engine-arg", 'additional_config={"a": 1}'), "additional_config: strategy steer does not work with it"),
+        (
+            {},
+            ("--engine-arg", "worker_extension_cls=a.B"),
+            "worker_extension_cls: strategy steer has its own; leave it",
+        ),
         ({}, ("--strategy", "agd"), "steering: strategy agd cannot be steered"),
         ({}, ("--strategy", "agd", "--scorer", "inline"), "steering: strategy agd cannot be steered"),
         ({}, ("--steering", "nowhere.safetensors"), "nowhere.safetensors does not exist; check the path"),
@@ -206,4 +228,4 @@ def test_what_cannot_be_is_said_in_one_line_before_anything_is_loaded(smollm2, t
 
 def test_a_model_without_such_a_class_is_refused_by_name(tiny_models):
     with pytest.raises(ValueError, match="Gemma3ForConditionalGeneration has no class that steers; it runs Gemma3For"):
-        engine_args(info(tiny_models["gemma3-multimodal"]), "v.safetensors", 1.0, True, {})
+        engine_args(info(tiny_models["gemma3-multimodal"]), "v.safetensors", True, {})
