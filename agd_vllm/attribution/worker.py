@@ -23,7 +23,7 @@ class AttributionSettings:
     for `lxt` `ig` too.
 
     `cores`: the CPU cores that it runs on (CPU only; None leaves it to torch). `gpu_share`: its part of a GPU, 0
-    without one.
+    without one. `max_model_len`: tokens of the longest row (None: what the model is made for).
     """
 
     scorer: str
@@ -31,6 +31,7 @@ class AttributionSettings:
     dtype: str
     cores: list[int] | None = None
     gpu_share: float = 0
+    max_model_len: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class AttributionWorker:
             revision=revision,
             trust_remote_code=trust_remote_code,
             cache_bytes=cache_bytes,
+            max_model_len=settings.max_model_len,
         )
         # On a CPU, where a pass costs in proportion from a few tokens on, the defaults are right.
         timed = settings.gpu_share and self._scorer.stateful
