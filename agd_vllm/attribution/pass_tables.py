@@ -72,14 +72,14 @@ class PassBuffers:
         held = np.array([len(sequence.blocks) for sequence in sequences])
         blocks = np.concatenate([sequence.blocks for sequence in sequences])
         first_block = held.cumsum() - held
-        in_table = np.arange(len(blocks)) + np.repeat(
-            np.arange(len(held)) * self._table.shape[1] - first_block, held
-        )
+        in_table = np.arange(len(blocks)) + np.repeat(np.arange(len(held)) * self._table.shape[1] - first_block, held)
         page, offset = np.divmod(positions, BLOCK_TOKENS)
 
         arrays = _padding(size)
         arrays["ids"][:used] = [
-            token for sequence, count in segments for token in sequence.tokens[sequence.length : sequence.length + count]
+            token
+            for sequence, count in segments
+            for token in sequence.tokens[sequence.length : sequence.length + count]
         ]
         arrays["positions"][:used] = positions
         arrays["slots"][:used] = blocks[first_block[rows] + page].astype(np.int64) * BLOCK_TOKENS + offset

@@ -19,6 +19,7 @@ from agd_vllm.attribution.tangent_cache import CachedSequence
 from agd_vllm.kernels import paged_attention, triton_support
 from agd_vllm.kernels.paged_attention import PagedLayer
 
+
 class TangentPass:
     """Pushes streams through the layers of `hf` by the rule of that name (attnlrp, cplrp or ixg).
 

@@ -137,13 +137,16 @@ def _cache_bytes(model: str, revision: str | None, trust_remote_code: bool, sett
     """
     import torch
 
-    from agd_vllm.attribution.forward import PASS_TOKENS
+    from agd_vllm.attribution.block_pool import BLOCK_TOKENS
     from agd_vllm.attribution.hf_model import load_config, weight_dtype
+    from agd_vllm.attribution.static_pass import SIZES
+    from agd_vllm.models.architectures import longest_sequence
     from agd_vllm.models.gpu_memory import CACHE_PART, LEAST_CACHE_BYTES, check_room, worker_needs
 
     _, config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     free, total = torch.cuda.mem_get_info()
-    needs = worker_needs(config, weight_dtype(settings.dtype, config), PASS_TOKENS)
+    longest = settings.max_model_len or longest_sequence(config.get_text_config())
+    needs = worker_needs(config, weight_dtype(settings.dtype, config), SIZES, longest, BLOCK_TOKENS)
     # Reverse mode keeps no cache, and is the reference rather than what is run at scale.
     least = {"least tangent cache": LEAST_CACHE_BYTES} if settings.scorer == "forward" else {}
     remedies = "take --attribution-dtype bfloat16, fewer --attribution-workers or --engines"

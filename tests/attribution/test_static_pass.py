@@ -1,5 +1,6 @@
 """Passes that are padded to a few sizes, as on a GPU, against reverse mode; what they launch: tests/interpreted."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ SIZES = (3, 64, 200, 512)
 
 @pytest.mark.parametrize("name", MODELS)
 def test_padded_passes_of_a_cpus_kernels_equal_reverse_mode(tiny_models, tiny_cases, tiny_oracle, name):
-    """Whole sequences, then each by itself once more without its last token, and with it."""
+    """All in one pass, then each by itself."""
     requests = [as_request(case) for case in tiny_cases[name]]
     for rule in RULES:
         scorer = ForwardScorer(str(tiny_models[name]), rule=rule)
@@ -29,17 +30,31 @@ def test_padded_passes_of_a_cpus_kernels_equal_reverse_mode(tiny_models, tiny_ca
             assert_close(scorer.score([request]), [theirs])
 
 
-def test_padded_passes_of_a_gpus_kernels_equal_reverse_mode(tiny_models, tiny_cases, tiny_oracle, tmp_path):
-    """A request with spans and heads, and the beginning of another's pass; all families and rules."""
-    cases = {str(tiny_models[name]): tiny_cases[name][2:3] for name in MODELS}
-    job = {"output": str(tmp_path / "scores.json"), "models": cases}
+def assert_triton_equals_reverse_mode(runs, tiny_models, tiny_cases, tiny_oracle, tmp_path) -> None:
+    """Of each (model, rule) a request with spans and heads."""
+    job = {
+        "output": str(tmp_path / "scores.json"),
+        "runs": [(str(tiny_models[name]), rule, tiny_cases[name][2:3]) for name, rule in runs],
+    }
     command = [sys.executable, str(Path(__file__).parent / "triton_scores.py")]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, env=environment, input=json.dumps(job), text=True, check=True, timeout=500)
+    subprocess.run(command, env=environment, input=json.dumps(job), text=True, check=True, timeout=900)
     scores = json.loads((tmp_path / "scores.json").read_text())
-    for rule in RULES:
-        for name in MODELS:
-            assert_close(scores[rule][str(tiny_models[name])], tiny_oracle[rule][name][2:3])
+    for (name, rule), ours in zip(runs, scores, strict=True):
+        assert_close(ours, tiny_oracle[rule][name][2:3])
+
+
+def test_padded_passes_of_a_gpus_kernels_equal_reverse_mode(tiny_models, tiny_cases, tiny_oracle, tmp_path):
+    runs = [("qwen2-window", "cplrp"), ("qwen3", "ixg")]
+    assert_triton_equals_reverse_mode(runs, tiny_models, tiny_cases, tiny_oracle, tmp_path)
+
+
+@pytest.mark.long
+def test_padded_passes_of_a_gpus_kernels_equal_reverse_mode_for_all_families_and_rules(
+    tiny_models, tiny_cases, tiny_oracle, tmp_path
+):
+    runs = list(itertools.product(MODELS, RULES))
+    assert_triton_equals_reverse_mode(runs, tiny_models, tiny_cases, tiny_oracle, tmp_path)
 
 
 def test_a_sequence_beyond_the_greatest_length_is_refused_and_nothing_else(tiny_models):
