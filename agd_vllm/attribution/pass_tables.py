@@ -76,18 +76,15 @@ class PassBuffers:
         page, offset = np.divmod(positions, BLOCK_TOKENS)
 
         arrays = _padding(size)
-        arrays["ids"][:used] = [
-            token
-            for sequence, count in segments
-            for token in sequence.tokens[sequence.length : sequence.length + count]
-        ]
         arrays["positions"][:used] = positions
         arrays["slots"][:used] = blocks[first_block[rows] + page].astype(np.int64) * BLOCK_TOKENS + offset
         arrays["starts"][: len(starts)] = starts
         arrays["starts"][len(starts) :] = used
         arrays["ends"][: len(counts)] = lengths + counts
         for (sequence, count), start in zip(segments, starts.tolist(), strict=False):
-            there = sequence.weights[sequence.length : sequence.length + count]
+            new = slice(sequence.length, sequence.length + count)
+            arrays["ids"][start : start + count] = sequence.tokens[new]
+            there = sequence.weights[new]
             arrays["weights"][start : start + len(there)] = there
         sets, set_of = _head_sets(sequences, *self._sets.shape[1:])
         arrays["set_of"][:used] = set_of[rows]
@@ -134,14 +131,16 @@ class PassBuffers:
     def _host_batch(
         self, arrays: dict[str, np.ndarray], there: dict[str, torch.Tensor], table: torch.Tensor, with_heads: bool
     ) -> PagedBatch:
-        counts = np.diff(arrays["starts"]).astype(np.int64)
-        lengths = torch.from_numpy(arrays["ends"] - counts)
+        """Only of sequences that have tokens: on the host that is known."""
+        counts = np.trim_zeros(np.diff(arrays["starts"]).astype(np.int64))
+        lengths = torch.from_numpy(arrays["ends"][: len(counts)] - counts)
         heads = None
         if with_heads:
             chosen = there["set_of"].long()
             heads = self._sets[chosen.clamp(min=0)] * (chosen != NO_SET)[:, None, None]
             heads = heads.transpose(0, 1).contiguous()
-        return PagedBatch(table, lengths, torch.from_numpy(counts), there["slots"], there["positions"], heads)
+        of_sequences = table[: len(counts)], lengths, torch.from_numpy(counts)
+        return PagedBatch(*of_sequences, there["slots"], there["positions"], heads)
 
 
 def _padding(size: int) -> dict[str, np.ndarray]:

@@ -56,7 +56,7 @@ class StaticPass:
             self._graphs[size] = graph, out
 
     def run(self, tables: PassTables, cache: torch.Tensor) -> torch.Tensor:
-        """What the function gives, valid until the next call. A cache that nothing was captured of is served all the same."""
+        """What the function gives, valid until the next call. A cache of which nothing was captured is served, too."""
         captured = self._graphs.get(len(tables.ids)) if cache is self._cache else None
         if captured is None:
             return self._function(tables, cache)

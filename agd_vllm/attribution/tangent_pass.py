@@ -23,8 +23,8 @@ from agd_vllm.kernels.paged_attention import PagedLayer
 class TangentPass:
     """Pushes streams through the layers of `hf` by the rule of that name (attnlrp, cplrp or ixg).
 
-    A pass has at most `max_rows` tokens, a sequence at most `max_length`. The linear layers see the tokens of all sequences side by side, [2, N, d]; in attention each sequence has its own
-    blocks of the cache, whose kind is `shape`.
+    A pass has at most `max_rows` tokens, a sequence at most `max_length`. The linear layers see the tokens of all
+    sequences side by side, [2, N, d]; in attention each sequence has its own blocks of the cache, of the kind `shape`.
     The residual stream, norms, softmax and gates are float32, linear layers take the weights' dtype.
     """
 

@@ -1,5 +1,5 @@
-"""Scores by Triton's kernels, interpreted, in passes that are padded: in a process of its own, because Triton interprets
-either all or nothing.
+"""Scores by Triton's kernels, interpreted, in padded passes: in a process of its own, because Triton interprets either
+all or nothing.
 
 Reads {"output", "runs": [[path, rule, requests], ...]} and writes the scores of each run's requests.
 """
