@@ -1,7 +1,10 @@
 """The whole tangent pass by Triton's kernels in the place of a CPU's: prefill in chunks, then cached steps; and what a
 pass launches, which on a GPU is captured once for all passes of its size."""
 
+import dataclasses
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,15 +32,15 @@ SPANS = (Span(2, 9), Span(12, 15, -0.5))
 
 @pytest.fixture
 def scorers(tmp_path, monkeypatch):
-    """One by Triton's kernels, one by a CPU's: passes of at most 16 tokens."""
+    """One by Triton's kernels, and what loads one by a CPU's: passes of at most 16 tokens."""
     monkeypatch.setattr(forward, "PASS_TOKENS", 16)
 
-    def load(name: str, rule: str) -> tuple[ForwardScorer, ForwardScorer]:
-        model = str(tiny.save(name, tmp_path))
-        expected = ForwardScorer(model, rule=rule, cache_bytes=1 << 20)
-        monkeypatch.setattr(tangent_pass, "operations", lambda _hf, *model: FusedOperations(*model, streams_triton))
-        monkeypatch.setattr(tangent_pass, "attention_kernel", lambda *_: paged_attention_gpu)
-        return ForwardScorer(model, rule=rule, cache_bytes=1 << 20), expected
+    def load(name: str, rule: str) -> tuple[ForwardScorer, Callable[[], ForwardScorer]]:
+        expected = partial(ForwardScorer, str(tiny.save(name, tmp_path)), rule=rule, cache_bytes=1 << 20)
+        with monkeypatch.context() as patch:
+            patch.setattr(tangent_pass, "operations", lambda _hf, *model: FusedOperations(*model, streams_triton))
+            patch.setattr(tangent_pass, "attention_kernel", lambda *_: paged_attention_gpu)
+            return expected(), expected
 
     return load
 
@@ -48,7 +51,8 @@ def assert_same_scores(ours, theirs) -> None:
 
 
 def test_scores_are_those_of_the_other_kernels(scorers):
-    scorer, expected = scorers("gemma3", "attnlrp")
+    scorer, load_expected = scorers("gemma3", "attnlrp")
+    expected = load_expected()
     assert scorer.tangents.static.sizes == [1, 2, 4, 8, 16]
     torch.manual_seed(0)
     rows = torch.randint(3, tiny.VOCABULARY, (2, 22)).tolist()
@@ -58,6 +62,12 @@ def test_scores_are_those_of_the_other_kernels(scorers):
             for row, ids in enumerate(rows)
         ]
         assert_same_scores(scorer.score(requests), expected.score(requests))
+
+
+def addresses(tables) -> list[int]:
+    batch = [getattr(tables.batch, field.name) for field in dataclasses.fields(tables.batch)]
+    tensors = [tables.ids, tables.weights, *(each for each in batch if isinstance(each, torch.Tensor))]
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 class Watch(TorchDispatchMode):
@@ -101,7 +111,7 @@ class Watch(TorchDispatchMode):
 def test_two_passes_of_one_size_launch_the_same_on_the_same_buffers(scorers, monkeypatch):
     """Other rows, lengths, heads and regions, and each right after the other."""
     monkeypatch.setattr(tilings, "num_splits", lambda *_: 2)
-    scorer, expected = scorers("llama-3", "attnlrp")
+    scorer, load_expected = scorers("llama-3", "attnlrp")
     tangents = scorer.tangents
     torch.manual_seed(1)
     ids = torch.randint(3, tiny.VOCABULARY, (4, 40)).tolist()
@@ -110,9 +120,14 @@ def test_two_passes_of_one_size_launch_the_same_on_the_same_buffers(scorers, mon
     def requests(*parts: tuple[int, int, int]) -> list[ScoreRequest]:
         return [ScoreRequest(f"{i}", start, ids[i][start:end], regions[i], (5, 6, 7)) for i, start, end in parts]
 
+    def check(*parts: tuple[int, int, int]) -> None:
+        """Against scorers that have seen nothing else, so that nothing of another call can be in them."""
+        whole = [load_expected().score(requests((i, 0, end)))[0] for i, _, end in parts]
+        assert_same_scores(scorer.score(requests(*parts)), whole)
+
     # The first sequence has the first blocks of the cache and one of the last rows that are scored.
-    for batch in (requests((0, 0, 15)), requests((1, 0, 16), (2, 0, 3))):
-        assert_same_scores(scorer.score(batch), expected.score(batch))
+    check((0, 0, 15))
+    check((1, 0, 16), (2, 0, 3))
     buffers = tangents._buffers
     parameters = [tensor for _, tensor in scorer.hf.model.named_parameters() if tensor is not None]
     kept = [buffers._by_row, buffers._table, buffers._sets, scorer.cache.pool.layers, *parameters]
@@ -124,17 +139,15 @@ def test_two_passes_of_one_size_launch_the_same_on_the_same_buffers(scorers, mon
             for module, name in LAUNCHED:
                 watch.spy_on(patch, module, name)
             out = run(tables, cache)
-        seen.append((len(tables.ids), watch.seen))
+        seen.append((tables, watch.seen))
         return out
 
     monkeypatch.setattr(tangents.static, "run", watched)
-    for batch in (
-        requests((0, 15, 16), (1, 16, 20)),  # five rows, then seven: both are padded to eight
-        requests((2, 3, 4), (0, 16, 17), (3, 0, 5)),
-        requests((1, 20, 26)),
-    ):
-        assert_same_scores(scorer.score(batch), expected.score(batch))
-    assert [size for size, _ in seen] == [8, 8, 8]
+    check((0, 15, 16), (1, 16, 20))  # five rows, then seven, then six: all are padded to eight
+    check((2, 3, 4), (0, 16, 17), (3, 0, 5))
+    check((1, 20, 26))
+    assert [len(tables.ids) for tables, _ in seen] == [8, 8, 8]
+    assert addresses(seen[0][0]) == addresses(seen[1][0]) == addresses(seen[2][0])
     assert seen[0][1] == seen[1][1] == seen[2][1]
     operators = {entry[0] for entry in seen[0][1]}
     assert {name for _, name in LAUNCHED} <= operators and "aten.embedding.default" in operators
