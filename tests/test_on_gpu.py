@@ -147,7 +147,7 @@ def test_a_guided_step_is_a_cpus_and_its_pass_waits_for_nothing(tmp_path):
 
 
 def check_captured(load, turns: int = 100) -> None:
-    """Captured passes against the same ones run as they are: prompts and steps of every size, then calls of all kinds."""
+    """Captured passes against the same ones run as they are: prompts and steps of every size, then any calls."""
     captured, plain = load(), load()
     plain.tangents.static.forget()
     rng = random.Random(0)
