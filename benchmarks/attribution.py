@@ -31,7 +31,6 @@ from transformers.utils import logging
 from agd_vllm.attribution.block_pool import blocks_for
 from agd_vllm.attribution.forward import ForwardScorer
 from agd_vllm.attribution.reference import ReferenceScorer
-from agd_vllm.attribution.tangent_cache import TangentCache
 from agd_vllm.records import Roi, ScoreRequest, Span
 from benchmarks import random_model
 from benchmarks.machine import write_result
@@ -144,8 +143,7 @@ def measure_cached(scorer: ForwardScorer, context: int, batch: int, repeats: int
 
 def make_room(scorer: ForwardScorer, num_blocks: int) -> None:
     """An empty cache of that many blocks in the place of the scorer's."""
-    shape, scorer.cache = scorer.cache.shape, None
-    scorer.cache = TangentCache(shape, num_blocks * shape.block_bytes)
+    scorer.make_cache(num_blocks * scorer.tangents.shape.block_bytes)
 
 
 def points(model: str, contexts: list[int], lxt_contexts: list[int], batches: list[int], dtype: str) -> Iterator[dict]:

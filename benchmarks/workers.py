@@ -5,9 +5,10 @@ held, each with `tokens` new ones and five candidates.
     python -m benchmarks.workers --json OUT.json --shape llama-3.1-8b --dtype bfloat16    # on a GPU
 
 One process, without Ray and vLLM. `milliseconds`: wall time of `ForwardScorer.score`, the median of several calls after
-as many as it takes until two agree; `host_milliseconds`: less the pass through the layers. `bytes_bound`: weights (once
-a pass) and cached keys and values read once, `operations_bound`: the products of linear layers and attention, both in
-milliseconds at the peaks that the run has measured itself. All four are null where the memory does not suffice.
+as many as it takes until two agree; `host_milliseconds`: less the pass from ids to last tangents (on a GPU its replay).
+`bytes_bound`: weights (once a pass) and cached keys and values read once, `operations_bound`: the products of linear
+layers and attention, both in milliseconds at the peaks that the run has measured itself. All four are null where the
+memory does not suffice.
 """
 
 from __future__ import annotations
@@ -65,10 +66,10 @@ class LayersClock:
     """Times the scorer's passes through the layers; `milliseconds` are those since it was last read."""
 
     def __init__(self, scorer: ForwardScorer):
-        self._run = scorer.tangents.through_layers
+        self._run = scorer.tangents.static.run
         self._on_gpu = scorer.hf.device.type == "cuda"
         self._spans: list[tuple] = []
-        scorer.tangents.through_layers = self._timed
+        scorer.tangents.static.run = self._timed
 
     def _timed(self, *arguments) -> torch.Tensor:
         begun = self._now()

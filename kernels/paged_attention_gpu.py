@@ -29,7 +29,8 @@ class GpuBatch:
     `sets` float32 [S, layers, H] and `set_of` int32 [N]: the part of each head that is a component of a token's region,
     on top of what its inputs are: o' += part * o; a token of set -1 has none. `singles`: so many sequences, the first
     ones, have one new token; where all of them do, those at the end may have none and a row of padding instead, whose
-    attention is 0.
+    attention is 0. None: only the device knows which have; there are as many sequences as rows then, of which those at
+    the end may have no token, and rows at the end that no sequence has are padding.
     """
 
     block_table: torch.Tensor
@@ -39,7 +40,7 @@ class GpuBatch:
     positions: torch.Tensor
     sets: torch.Tensor
     set_of: torch.Tensor
-    singles: int
+    singles: int | None
 
 
 def attend(layer: PagedLayer, batch: GpuBatch, index: int, cache: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
@@ -82,11 +83,18 @@ def attend(layer: PagedLayer, batch: GpuBatch, index: int, cache: torch.Tensor, 
     out = qkv.new_empty(len(qkv), heads * dim)
     call = _Call(layer, batch, index, cache, queries, out, paged)
     sequences, singles = len(batch.ends), batch.singles
+    if singles is None:
+        call.run(_BOTH if rows > 1 else _SINGLE, 0, sequences, 0, rows)
+        return out
     if singles:
-        call.launch(0, singles, 0, singles, single=True)
+        call.run(_SINGLE, 0, singles, 0, singles)
     if singles < sequences:
-        call.launch(singles, sequences - singles, singles, rows - singles, single=False)
+        call.run(_SEVERAL, singles, sequences - singles, singles, rows - singles)
     return out
+
+
+_SINGLE, _SEVERAL, _BOTH = (True,), (False,), (True, False)
+"""Launches: for sequences of one new token, for those of several, and for either kind where both may be there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,62 +107,34 @@ class _Call:
     out: torch.Tensor
     paged: dict
 
-    def launch(self, first_sequence: int, sequences: int, first_row: int, rows: int, single: bool) -> None:
+    def run(self, kinds: tuple[bool, ...], first_sequence: int, sequences: int, first_row: int, rows: int) -> None:
         """The sequences from the first one on, whose rows lie from `first_row` on."""
-        layer, batch, out, block_d = self.layer, self.batch, self.out, self.paged["BLOCK_D"]
-        heads, kv_heads, group = layer.num_heads, layer.num_kv_heads, self.paged["GROUP"]
-        processors, shared = tilings.processors(out.device)
-        tiling = tilings.choose_tiling(tilings.DECODE if single else tilings.PREFILL, block_d, group, shared)
-        tiles = sequences if single else rows // (tiling.rows // group) + sequences
+        layer, batch, block_d = self.layer, self.batch, self.paged["BLOCK_D"]
+        group, (processors, shared) = self.paged["GROUP"], tilings.processors(self.out.device)
+        launches = []
+        for single in kinds:
+            tiling = tilings.choose_tiling(tilings.DECODE if single else tilings.PREFILL, block_d, group, shared)
+            launches.append((single, tiling, sequences if single else rows // (tiling.rows // group) + sequences))
         longest = min(batch.block_table.shape[1] * self.cache.shape[3], layer.window or tilings.NO_WINDOW)
-        splits = tilings.num_splits(tiles * kv_heads, longest, processors)
+        # Of both kinds the same, so that their sums are combined at once.
+        splits = tilings.num_splits(launches[0][2] * layer.num_kv_heads, longest, processors)
         # What the splits of a query have summed up: rows of values, then l, sum c and m.
         sums = numbers = self.queries
         if splits > 1:
-            sums = self.queries.new_empty(rows, splits, heads, 2, layer.head_dim, dtype=torch.float32)
-            numbers = sums.new_empty(rows, splits, heads, 3)
-        # To look a page up takes a stage of its own: as many as before are then ahead with its rows.
-        stages = 2 * tiling.stages - 1 if single else tiling.stages
-        sets = batch.sets[:, self.index]
-        regions = (sets, batch.set_of)
-        kernels.attend[(tiles, kv_heads, splits)](
-            self.queries,
-            out,
-            sums,
-            numbers,
-            self.cache,
-            batch.block_table,
-            batch.starts,
-            batch.ends,
-            *regions,
-            len(batch.slots),
-            heads,
-            first_sequence,
-            sequences,
-            first_row,
-            layer.window or tilings.NO_WINDOW,
-            layer.score_factor / layer.value_factor,
-            layer.value_factor,
-            sets.stride(0),
-            batch.block_table.stride(0),
-            *self.cache.stride()[:4],
-            SINGLE=single,
-            WINDOW=layer.window is not None,
-            SPLIT=splits > 1,
-            ROWS=tiling.rows,
-            KEYS=tiling.keys,
-            INTERPRETED=triton_support.interpreted(),
-            **self.paged,
-            num_warps=tiling.warps,
-            num_stages=stages,
-        )
+            sums = self.queries.new_empty(rows, splits, layer.num_heads, 2, layer.head_dim, dtype=torch.float32)
+            numbers = sums.new_empty(rows, splits, layer.num_heads, 3)
+        place = first_sequence, sequences, first_row
+        for single, tiling, tiles in launches:
+            self._attend((tiles, layer.num_kv_heads, splits), sums, numbers, place, single, len(kinds) > 1, tiling)
         if splits > 1:
-            kernels.combine[(rows, heads)](
+            sets = batch.sets[:, self.index]
+            kernels.combine[(rows, layer.num_heads)](
                 sums,
                 numbers,
-                out,
+                self.out,
                 batch.starts,
-                *regions,
+                sets,
+                batch.set_of,
                 len(batch.slots),
                 first_row,
                 splits,
@@ -165,6 +145,52 @@ class _Call:
                 BLOCK_D=block_d,
                 num_warps=1,
             )
+
+    def _attend(
+        self,
+        grid: tuple[int, int, int],
+        sums: torch.Tensor,
+        numbers: torch.Tensor,
+        place: tuple[int, int, int],
+        single: bool,
+        mixed: bool,
+        tiling: tilings.Tiling,
+    ) -> None:
+        layer, batch = self.layer, self.batch
+        # To look a page up takes a stage of its own: as many as before are then ahead with its rows.
+        stages = 2 * tiling.stages - 1 if single else tiling.stages
+        sets = batch.sets[:, self.index]
+        kernels.attend[grid](
+            self.queries,
+            self.out,
+            sums,
+            numbers,
+            self.cache,
+            batch.block_table,
+            batch.starts,
+            batch.ends,
+            sets,
+            batch.set_of,
+            len(batch.slots),
+            layer.num_heads,
+            *place,
+            layer.window or tilings.NO_WINDOW,
+            layer.score_factor / layer.value_factor,
+            layer.value_factor,
+            sets.stride(0),
+            batch.block_table.stride(0),
+            *self.cache.stride()[:4],
+            SINGLE=single,
+            MIXED=mixed,
+            WINDOW=layer.window is not None,
+            SPLIT=grid[2] > 1,
+            ROWS=tiling.rows,
+            KEYS=tiling.keys,
+            INTERPRETED=triton_support.interpreted(),
+            **self.paged,
+            num_warps=tiling.warps,
+            num_stages=stages,
+        )
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}

@@ -102,15 +102,19 @@ def _over_keys(
 
 
 @triton.jit
-def _place(tile, starts, first_sequence, sequences, TOKENS: tl.constexpr, SINGLE: tl.constexpr):
-    """Sequence of a tile, its first token and its sequence's last one, both in the batch.
+def _place(
+    tile, starts, first_sequence, sequences, TOKENS: tl.constexpr, SINGLE: tl.constexpr, MIXED: tl.constexpr
+):  # fmt: skip
+    """Sequence of a tile, its first token and where its sequence's end, both in the batch; nothing lies between these
+    where the other launch of a MIXED batch has the sequence.
 
     SINGLE: a tile is a sequence. Else those of the i-th of the `sequences` begin at tile (its first token) // TOKENS
     + i, and the last one whose tiles begin at or before this one is looked for.
     """
     if SINGLE:
         sequence = first_sequence + tile
-        begin = tl.load(starts + sequence)
+        first = tl.load(starts + sequence)
+        begin = first
     else:
         base = tl.load(starts + first_sequence)
         low, high = tile * 0, tile * 0 + sequences
@@ -123,7 +127,11 @@ def _place(tile, starts, first_sequence, sequences, TOKENS: tl.constexpr, SINGLE
         sequence = first_sequence + low
         first = tl.load(starts + sequence)
         begin = first + (tile - (first - base) // TOKENS - low) * TOKENS
-    return sequence, begin, tl.load(starts + sequence + 1)
+    stop = tl.load(starts + sequence + 1)
+    if MIXED:
+        mine = stop - first == 1 if SINGLE else stop - first > 1
+        stop = tl.where(mine, stop, begin)
+    return sequence, begin, stop
 
 
 @triton.jit
@@ -160,6 +168,7 @@ def attend(
     of_plane,
     of_token,
     SINGLE: tl.constexpr,
+    MIXED: tl.constexpr,
     WINDOW: tl.constexpr,
     SPLIT: tl.constexpr,
     STREAMS: tl.constexpr,
@@ -178,7 +187,7 @@ def attend(
     lane, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     head = kv * GROUP + lane % GROUP
     stream = tl.cast(rows, tl.int64) * heads * D
-    sequence, begin, stop = _place(tile, starts, first_sequence, sequences, TOKENS, SINGLE)
+    sequence, begin, stop = _place(tile, starts, first_sequence, sequences, TOKENS, SINGLE, MIXED)
     if begin < stop:
         length = tl.load(ends + sequence)
         token = begin + lane // GROUP
@@ -237,9 +246,10 @@ def attend(
         row = tl.cast(first_row + tile, tl.int64)
         at = (row * heads + head)[:, None] * D + columns[None, :]
         loaded = (lane < GROUP)[:, None] & (columns < D)[None, :]
-        nothing = tl.zeros([ROWS, BLOCK_D], out.dtype.element_ty)
-        tl.store(out + at, nothing, mask=loaded)
-        tl.store(out + stream + at, nothing, mask=loaded)
+        if row >= tl.load(starts + first_sequence + sequences):
+            nothing = tl.zeros([ROWS, BLOCK_D], out.dtype.element_ty)
+            tl.store(out + at, nothing, mask=loaded)
+            tl.store(out + stream + at, nothing, mask=loaded)
 
 
 @triton.jit(do_not_specialize=["rows", "first_row", "splits", "of_set", "last_sequence"])

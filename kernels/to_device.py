@@ -15,19 +15,31 @@ def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
-def arrays_to_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
-    """Contiguous `arrays` on `device`, in one copy; on a CPU they are not copied."""
-    if device.type == "cpu":
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
-    places, size = {}, 0
+def places(arrays: Mapping[str, np.ndarray]) -> dict[str, slice]:
+    """Where each lies, in bytes, when they are packed one behind the other."""
+    found, size = {}, 0
     for name, array in arrays.items():
-        places[name] = slice(size, size + array.nbytes)
+        found[name] = slice(size, size + array.nbytes)
         size += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
-    host = torch.empty(size, dtype=torch.uint8)
-    for name, array in arrays.items():
-        host.numpy()[places[name]] = array.reshape(-1).view(np.uint8)
-    there = to_device(host, device)
+    return found
+
+
+def packed_bytes(arrays: Mapping[str, np.ndarray]) -> int:
+    """Of contiguous `arrays` one behind the other."""
+    return sum(-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays.values())
+
+
+def pack(arrays: Mapping[str, np.ndarray]) -> torch.Tensor:
+    """Contiguous `arrays` as bytes."""
+    host = torch.empty(packed_bytes(arrays), dtype=torch.uint8)
+    for name, place in places(arrays).items():
+        host.numpy()[place] = arrays[name].reshape(-1).view(np.uint8)
+    return host
+
+
+def unpack(packed: torch.Tensor, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Views of what `pack` made of `arrays`, wherever that lies now."""
     return {
-        name: there[places[name]].view(torch.from_numpy(array[:0]).dtype).view(array.shape)
-        for name, array in arrays.items()
+        name: packed[place].view(torch.from_numpy(arrays[name][:0]).dtype).view(arrays[name].shape)
+        for name, place in places(arrays).items()
     }

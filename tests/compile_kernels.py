@@ -112,6 +112,7 @@ def paged_attention(gpu: int, head_dim: int) -> None:
             ("queries", "out", "sums", "numbers", "cache", "table", "starts", "ends", "sets", "set_of"),
             {
                 "SINGLE": single,
+                "MIXED": True,
                 "WINDOW": False,
                 "SPLIT": single,
                 "ROWS": tiling.rows,

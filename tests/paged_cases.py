@@ -96,8 +96,8 @@ def make_case(
     return Case(layer, PagedBatch(table, lengths, counts, slots, positions, parts), cache, qkv)
 
 
-def gpu_batch(case: Case):
-    """The same batch as the kernels of a GPU take it; sequences of one token come first in it."""
+def gpu_batch(case: Case, mixed: bool = False):
+    """The same batch as the kernels of a GPU take it; sequences of one token come first in it, unless it is `mixed`."""
     from agd_vllm.kernels.paged_attention_gpu import GpuBatch
 
     batch, rows = case.batch, len(case.batch.slots)
@@ -108,4 +108,11 @@ def gpu_batch(case: Case):
     starts = torch.tensor([0, *batch.counts.cumsum(0).tolist()], dtype=torch.int32)
     ends = (batch.lengths + batch.counts).int()
     singles = next((i for i, count in enumerate(counts) if count > 1), len(counts))
-    return GpuBatch(batch.block_table, starts, ends, batch.slots, batch.positions, sets, set_of, singles)
+    table = batch.block_table
+    if mixed:
+        # As many sequences as rows, of which those at the end have no token; what stands there is another batch's.
+        missing = rows - len(ends)
+        starts = torch.cat((starts, starts[-1:].repeat(missing)))
+        ends, table = torch.cat((ends, ends[:1].repeat(missing))), torch.cat((table, table[:1].repeat(missing, 1)))
+        singles = None
+    return GpuBatch(table, starts, ends, batch.slots, batch.positions, sets, set_of, singles)

@@ -1,5 +1,6 @@
 """What only an NVIDIA GPU shows: the kernels as compiled code, and V2's reports from its streams."""
 
+import random
 import sys
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -143,6 +144,42 @@ def test_a_guided_step_is_a_cpus_and_its_pass_waits_for_nothing(tmp_path):
     sequence.tokens.append(51)
     with torch.inference_mode(), no_waiting():
         scorer.tangents.extend([(sequence, 1)], scorer.cache.pool, [(5, 6, 7)])
+
+
+def check_captured(load, turns: int = 100) -> None:
+    """Captured passes against the same ones run as they are: prompts and steps of every size, then any calls."""
+    captured, plain = load(), load()
+    plain.tangents.static.forget()
+    rng = random.Random(0)
+    regions = Roi((Span(0, 1),)), Roi(), Roi((Span(0, 1, 0.5),), ((0, 1), (2, 3))), Roi(heads=((1, 0),))
+
+    def check(requests: list[ScoreRequest]) -> None:
+        ours, theirs = (torch.tensor(scorer.score(requests)) for scorer in (captured, plain))
+        assert torch.equal(ours, theirs), [(request.start, len(request.token_ids)) for request in requests]
+
+    def request(name: str, start: int, count: int) -> ScoreRequest:
+        tokens = [rng.randrange(3, tiny.VOCABULARY) for _ in range(count)]
+        return ScoreRequest(name, start, tokens, regions[len(name) % 4], (5, 6, 7))
+
+    for size in captured.tangents.static.sizes:
+        check([request(f"prompt {size}", 0, min(size, 400))])
+        check([request(f"step {size} {row}", 0, 1) for row in range(size)])
+    held = {f"row {row}": 0 for row in range(12)}
+    for _ in range(turns):
+        batch = []
+        for name in rng.sample(sorted(held), rng.randint(1, len(held))):
+            if held[name] > 350:
+                held[name] = 0
+            count = rng.choice([1, 1, 2, 60])
+            batch.append(request(name, held[name], count))
+            held[name] += count
+        check(batch)
+
+
+@pytest.mark.parametrize(("name", "rule"), [("llama-3", "attnlrp"), ("gemma3", "ixg"), ("qwen3", "cplrp")])
+def test_captured_passes_equal_those_that_are_run(tmp_path, name, rule):
+    model = str(tiny.save(name, tmp_path))
+    check_captured(partial(ForwardScorer, model, rule=rule, dtype="bfloat16", cache_bytes=1 << 28))
 
 
 def test_a_decision_is_copied_behind_the_models_back():

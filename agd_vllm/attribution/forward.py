@@ -14,6 +14,7 @@ from agd_vllm.attribution.hf_model import load_model
 from agd_vllm.attribution.regions import check_roi
 from agd_vllm.attribution.tangent_cache import CachedSequence, TangentCache, prefix_digests
 from agd_vllm.attribution.tangent_pass import TangentPass
+from agd_vllm.models.architectures import longest_sequence
 from agd_vllm.records import ScoreRequest
 
 PASS_TOKENS = 512
@@ -42,6 +43,7 @@ class ForwardScorer:
     Stateful: a request may carry only the tokens since the last one of its sequence, under the same region.
     `cache_bytes` (default: an eighth of the device's memory) are taken for keys, values and tangents, in blocks;
     a sequence that needs more has blocks of its own while it is scored. The least recently used sequences go first.
+    A sequence has at most `max_model_len` tokens (default: what the model is made for).
     `loading`: dtype, device, revision and trust_remote_code of `load_model`. Raises ValueError for a model it cannot
     read.
     """
@@ -54,26 +56,39 @@ class ForwardScorer:
         *,
         rule: str = "attnlrp",
         cache_bytes: int | None = None,
+        max_model_len: int | None = None,
         **loading: Any,
     ):
         self.hf = load_model(model_path, **loading)
-        self.tangents = TangentPass(self.hf, rule)
-        if cache_bytes is None:
-            cache_bytes = default_cache_bytes(self.hf.device)
-        self.cache = TangentCache(self.tangents.shape, cache_bytes)
+        self.max_model_len = max_model_len or longest_sequence(self.hf.config)
+        self.tangents = TangentPass(self.hf, rule, PASS_TOKENS, self.max_model_len)
+        self.make_cache(default_cache_bytes(self.hf.device) if cache_bytes is None else cache_bytes)
+
+    def make_cache(self, num_bytes: int) -> None:
+        """An empty cache of that size in the place of any that there is; on a GPU passes over it are captured."""
+        self.cache = None
+        self.tangents.static.forget()
+        self.cache = TangentCache(self.tangents.shape, num_bytes)
         self.cache_tokens = self.cache.pool.num_blocks * BLOCK_TOKENS
+        self.tangents.capture(self.cache.pool)
 
     @torch.inference_mode()
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float] | None]:
         """S(c, R) for each request's candidates, in their order; NaN is passed on as it is.
 
         None: the tokens before the request's `start` are not held, or not under its region; send the whole sequence.
-        Raises ValueError, before anything is computed, for a region outside the tokens or the model.
+        Raises ValueError, before anything is computed, for a region outside the tokens or the model, and for more
+        tokens than `max_model_len`.
         """
         for request in requests:
             num_tokens = request.start + len(request.token_ids)
             if num_tokens == 0:
                 raise ValueError(f"sequence {request.sequence}: nothing to score, it has no tokens")
+            if num_tokens > self.max_model_len:
+                raise ValueError(
+                    f"sequence {request.sequence}: {num_tokens} tokens, the attribution worker takes at most "
+                    f"{self.max_model_len}; raise --max-model-len, or shorten the row"
+                )
             check_roi(request.roi, num_tokens=num_tokens, num_layers=self.hf.num_layers, num_heads=self.hf.num_heads)
         answers: list[list[float] | None] = [None] * len(requests)
         waiting = list(range(len(requests)))

@@ -22,8 +22,8 @@ class Operations(Protocol):
     def norm(self, streams: torch.Tensor, norm: Norm, added: torch.Tensor | None = None) -> torch.Tensor:
         """Adds `added` to `streams` (float32, contiguous) in place, and gives their norm for a linear layer."""
 
-    def exact_norm(self, streams: torch.Tensor, norm: Norm) -> torch.Tensor:
-        """The norm of float32 streams in float32, for what is no linear layer."""
+    def exact_norm(self, streams: torch.Tensor, norm: Norm, added: torch.Tensor | None = None) -> torch.Tensor:
+        """As `norm`, in float32, for what is no linear layer."""
 
     def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
         """The gated product of gate and up, side by side: [S, N, 2 I] to [S, N, I]."""
@@ -40,11 +40,11 @@ class TorchOperations:
         self._rule = rule
 
     def norm(self, streams: torch.Tensor, norm: Norm, added: torch.Tensor | None = None) -> torch.Tensor:
+        return self.exact_norm(streams, norm, added)
+
+    def exact_norm(self, streams: torch.Tensor, norm: Norm, added: torch.Tensor | None = None) -> torch.Tensor:
         if added is not None:
             streams += added
-        return self.exact_norm(streams, norm)
-
-    def exact_norm(self, streams: torch.Tensor, norm: Norm) -> torch.Tensor:
         return rms_norm(streams, norm.gain, norm.eps, self._rule)
 
     def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -66,8 +66,8 @@ class FusedOperations(TorchOperations):
     def norm(self, streams: torch.Tensor, norm: Norm, added: torch.Tensor | None = None) -> torch.Tensor:
         return self._rms_norm(streams, added, norm, self._dtype)
 
-    def exact_norm(self, streams: torch.Tensor, norm: Norm) -> torch.Tensor:
-        return self._rms_norm(streams, None, norm, torch.float32)
+    def exact_norm(self, streams: torch.Tensor, norm: Norm, added: torch.Tensor | None = None) -> torch.Tensor:
+        return self._rms_norm(streams, added, norm, torch.float32)
 
     def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self._kernels.gated(*gate_up.chunk(2, -1), self._activation.name, self._rule.name)

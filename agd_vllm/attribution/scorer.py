@@ -39,11 +39,13 @@ def load_scorer(
     *,
     rule: str = "attnlrp",
     cache_bytes: int | None = None,
+    max_model_len: int | None = None,
     **loading: Any,
 ) -> Scorer:
     """Load a scorer by its name on the command line. Only that scorer's module is imported.
 
-    `forward`: forward-mode tangents with a cache of at most `cache_bytes` (default: an eighth of the device's memory).
+    `forward`: forward-mode tangents with a cache of at most `cache_bytes` (default: an eighth of the device's memory),
+    for sequences of at most `max_model_len` tokens (default: what the model is made for).
     `lxt`: the reference, reverse mode; it keeps no cache, and with rule `ig` gives relevance, not scores. `loading`: as
     for `hf_model.load_model`. Raises ValueError for an unknown name or rule and for a model that attribution cannot
     read.
@@ -62,4 +64,4 @@ def load_scorer(
         return ReferenceScorer(model_path, rule=rule, **loading)
     from agd_vllm.attribution.forward import ForwardScorer
 
-    return ForwardScorer(model_path, rule=rule, cache_bytes=cache_bytes, **loading)
+    return ForwardScorer(model_path, rule=rule, cache_bytes=cache_bytes, max_model_len=max_model_len, **loading)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -13,25 +12,23 @@ from agd_vllm.attribution.adapters import Layer, adapt
 from agd_vllm.attribution.block_pool import BlockPool, CacheShape
 from agd_vllm.attribution.hf_model import HFModel
 from agd_vllm.attribution.operations import operations
-from agd_vllm.attribution.pass_tables import PassTables, make_tables
+from agd_vllm.attribution.pass_tables import PassBuffers, PassTables
 from agd_vllm.attribution.rules import RULES, Norm
+from agd_vllm.attribution.static_pass import SIZES, StaticPass
 from agd_vllm.attribution.tangent_cache import CachedSequence
 from agd_vllm.kernels import paged_attention, triton_support
 from agd_vllm.kernels.paged_attention import PagedLayer
-
-LEAST_POSITIONS = 2048
-"""Of a rotary table, which grows with the longest sequence."""
 
 
 class TangentPass:
     """Pushes streams through the layers of `hf` by the rule of that name (attnlrp, cplrp or ixg).
 
-    The linear layers see the tokens of all sequences side by side, [2, N, d]; in attention each sequence has its own
-    blocks of the cache, whose kind is `shape`.
+    A pass has at most `max_rows` tokens, a sequence at most `max_length`. The linear layers see the tokens of all
+    sequences side by side, [2, N, d]; in attention each sequence has its own blocks of the cache, of the kind `shape`.
     The residual stream, norms, softmax and gates are float32, linear layers take the weights' dtype.
     """
 
-    def __init__(self, hf: HFModel, rule: str):
+    def __init__(self, hf: HFModel, rule: str, max_rows: int, max_length: int):
         self.hf = hf
         self.rule = RULES[rule]
         self.decoder = adapt(hf)
@@ -47,8 +44,16 @@ class TangentPass:
             dtype=torch.float32 if in_float else hf.unembedding.dtype,
             device=hf.device,
         )
-        self._positions = 0
-        self._attention: list[PagedLayer] = []
+        self._attention = self._layers(max_length)
+        self._buffers = PassBuffers(self.shape, hf.num_heads, self.kernel, max_rows, max_length)
+        padded = self.kernel not in (paged_attention, paged_twin)
+        sizes = [*(size for size in SIZES if size < max_rows), max_rows] if padded else None
+        self.static = StaticPass(self.through_layers, self._buffers, sizes)
+
+    def capture(self, pool: BlockPool) -> None:
+        """Where passes can be captured, those over this pool are from now on."""
+        if self.static.sizes is not None and self.hf.device.type == "cuda" and pool.num_blocks:
+            self.static.capture(pool.layers)
 
     def extend(
         self,
@@ -61,31 +66,26 @@ class TangentPass:
         A segment is (sequence, count), `candidates` are the ids that may follow its last token. Returns the scores
         S(c, R) of all of them, segment by segment, float32 [candidates] on the device.
         """
-        longest = max(sequence.length + count for sequence, count in segments)
-        if longest > self._positions:
-            self._reach(longest)
-        tables = make_tables(segments, candidates, self.shape, self.hf.num_heads, self.kernel)
-        streams = self._embed(tables)
-        out = self.through_layers(streams, tables.batch, pool.layers)
+        size = self.static.size_for(sum(count for _, count in segments))
+        tables, follow = self._buffers.fill(segments, candidates, size)
+        tangents = self.static.run(tables, pool.layers)
         for sequence, count in segments:
             sequence.length += count
-        last = self.ops.exact_norm(streams[:, tables.last] + out[:, tables.last], self.decoder.final_norm)
-        unembedding = self.hf.unembedding[tables.candidate_ids].float()
-        return (last[1, tables.candidate_of] * unembedding).sum(-1)
+        return (tangents[follow.rows] * self.hf.unembedding[follow.ids].float()).sum(-1)
 
-    def through_layers(self, streams: torch.Tensor, batch: Any, cache: torch.Tensor) -> torch.Tensor:
-        """All layers, whose outputs but the last one's are added to `streams` [2, N, d]; gives that, [2, N, d].
+    def through_layers(self, tables: PassTables, cache: torch.Tensor) -> torch.Tensor:
+        """The tangents after the final norm, float32 [N, d]; `cache` as in `BlockPool.layers`.
 
-        `batch` as the attention's kernel takes it, `cache` as in `BlockPool.layers`.
+        Where no twin is among the kernels, all that is launched follows from N, and nothing waits for the device.
         """
-        ops, out = self.ops, None
+        streams, ops, out = self._embed(tables), self.ops, None
         for index, layer in enumerate(self.decoder.layers):
             qkv = ops.linear(ops.norm(streams, layer.attention_norm, out), layer.qkv)
-            attended = self.kernel.attend(self._attention[index], batch, index, cache[index], qkv.flatten(0, 1))
+            attended = self.kernel.attend(self._attention[index], tables.batch, index, cache[index], qkv.flatten(0, 1))
             out = self._norm(ops.linear(attended.unflatten(0, (2, -1)), layer.o), layer.attention_output_norm)
             hidden = ops.gated(ops.linear(ops.norm(streams, layer.mlp_norm, out), layer.gate_up))
             out = self._norm(ops.linear(hidden, layer.down), layer.mlp_output_norm)
-        return out
+        return ops.exact_norm(streams, self.decoder.final_norm, out)[1]
 
     def _embed(self, tables: PassTables) -> torch.Tensor:
         """Streams [2, N, d] at the input: embeddings E, and m * E for the region."""
@@ -99,15 +99,14 @@ class TangentPass:
         """As they are where the architecture has no norm there."""
         return streams if norm is None else self.ops.exact_norm(streams.float(), norm)
 
-    def _reach(self, length: int) -> None:
-        """Rotary tables for sequences of that many tokens, and the layers' attention with them."""
-        self._positions = max(LEAST_POSITIONS, 1 << (length - 1).bit_length())
-        positions = torch.arange(self._positions, device=self.hf.device)
+    def _layers(self, max_length: int) -> list[PagedLayer]:
+        """The layers' attention, with rotary tables for sequences of that many tokens."""
+        positions = torch.arange(max_length, device=self.hf.device)
         ropes = {}
         for name in {layer.rope for layer in self.decoder.layers}:
             tables = self.decoder.rotary(name, positions)
             ropes[name] = torch.cat([table[:, : self.hf.head_dim // 2] for table in tables], -1).contiguous()
-        self._attention = [self._paged(layer, ropes[layer.rope]) for layer in self.decoder.layers]
+        return [self._paged(layer, ropes[layer.rope]) for layer in self.decoder.layers]
 
     def _paged(self, layer: Layer, rope: torch.Tensor) -> PagedLayer:
         return PagedLayer(

@@ -23,7 +23,7 @@ class AttributionSettings:
     for `lxt` `ig` too.
 
     `cores`: the CPU cores that it runs on (CPU only; None leaves it to torch). `gpu_share`: its part of a GPU, 0
-    without one.
+    without one. `max_model_len`: tokens of the longest row (None: what the model is made for).
     """
 
     scorer: str
@@ -31,6 +31,7 @@ class AttributionSettings:
     dtype: str
     cores: list[int] | None = None
     gpu_share: float = 0
+    max_model_len: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class AttributionWorker:
             revision=revision,
             trust_remote_code=trust_remote_code,
             cache_bytes=cache_bytes,
+            max_model_len=settings.max_model_len,
         )
         # On a CPU, where a pass costs in proportion from a few tokens on, the defaults are right.
         timed = settings.gpu_share and self._scorer.stateful
@@ -135,13 +137,16 @@ def _cache_bytes(model: str, revision: str | None, trust_remote_code: bool, sett
     """
     import torch
 
-    from agd_vllm.attribution.forward import PASS_TOKENS
+    from agd_vllm.attribution.block_pool import BLOCK_TOKENS
     from agd_vllm.attribution.hf_model import load_config, weight_dtype
+    from agd_vllm.attribution.static_pass import SIZES
+    from agd_vllm.models.architectures import longest_sequence
     from agd_vllm.models.gpu_memory import CACHE_PART, LEAST_CACHE_BYTES, check_room, worker_needs
 
     _, config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     free, total = torch.cuda.mem_get_info()
-    needs = worker_needs(config, weight_dtype(settings.dtype, config), PASS_TOKENS)
+    longest = settings.max_model_len or longest_sequence(config.get_text_config())
+    needs = worker_needs(config, weight_dtype(settings.dtype, config), SIZES, longest, BLOCK_TOKENS)
     # Reverse mode keeps no cache, and is the reference rather than what is run at scale.
     least = {"least tangent cache": LEAST_CACHE_BYTES} if settings.scorer == "forward" else {}
     remedies = "take --attribution-dtype bfloat16, fewer --attribution-workers or --engines"

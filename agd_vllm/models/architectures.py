@@ -54,8 +54,23 @@ def check_supported(config: Any) -> str:
     return name
 
 
-def _rope_types(text_config: Any) -> set[str]:
-    """By Transformers' `rope_parameters`, which may be one set for each type of layer."""
+def longest_sequence(text_config: Any) -> int:
+    """Tokens of the longest sequence that vLLM would take, too: what positions are scaled for counts."""
+    longest = text_config.max_position_embeddings
+    for each in _rope_parameters(text_config):
+        stretched = {
+            "linear": longest,
+            "yarn": each.get("original_max_position_embeddings", longest),
+        }.get(each.get("rope_type"), 0)
+        longest = max(longest, int(stretched * each.get("factor", 1)))
+    return longest
+
+
+def _rope_parameters(text_config: Any) -> list[dict[str, Any]]:
+    """Transformers' `rope_parameters`, which may be one set for each type of layer."""
     parameters = getattr(text_config, "rope_parameters", None) or {}
-    sets = [each for each in parameters.values() if isinstance(each, dict)] or [parameters]
-    return {each.get("rope_type", "default") for each in sets}
+    return [each for each in parameters.values() if isinstance(each, dict)] or [parameters]
+
+
+def _rope_types(text_config: Any) -> set[str]:
+    return {each.get("rope_type", "default") for each in _rope_parameters(text_config)}

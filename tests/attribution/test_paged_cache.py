@@ -65,7 +65,7 @@ def check_blocks(cache) -> None:
 def scorer(tmp_path_factory) -> ForwardScorer:
     model = str(tiny.save("llama", tmp_path_factory.mktemp("tiny")))
     empty = ForwardScorer(model, cache_bytes=0)
-    return ForwardScorer(model, cache_bytes=BLOCKS * empty.cache.shape.block_bytes)
+    return ForwardScorer(model, cache_bytes=BLOCKS * empty.cache.shape.block_bytes, max_model_len=1024)
 
 
 def next_request(rng: random.Random, name: str, row: tuple[list[int], Roi] | None, prompts) -> ScoreRequest:

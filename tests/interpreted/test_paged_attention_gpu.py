@@ -24,9 +24,9 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tilings, "DECODE", (Tiling(16, 16, 4, 1),))
 
 
-def assert_as_twin(case, tolerance=1e-5, cache_tolerance=1e-5) -> None:
+def assert_as_twin(case, tolerance=1e-5, cache_tolerance=1e-5, mixed=False) -> None:
     theirs, twin = case.attend(paged_twin.attend)
-    ours, cache = replace(case, batch=gpu_batch(case)).attend(paged_attention_gpu.attend)
+    ours, cache = replace(case, batch=gpu_batch(case, mixed)).attend(paged_attention_gpu.attend)
     for one, other, bound in ((ours, theirs, tolerance), (cache, twin, cache_tolerance)):
         largest = bound * float(other.float().nan_to_num().abs().max())
         torch.testing.assert_close(one.float(), other.float(), rtol=bound, atol=largest, equal_nan=True)
@@ -79,6 +79,17 @@ def test_bfloat16(rule, window):
 def test_more_heads_in_a_group_than_rows_in_a_tile():
     torch.manual_seed(0)
     assert_as_twin(make_case(make_layer(group=20, head_dim=16), [(40, 1), (3, 4)], heads=True))
+
+
+@pytest.mark.parametrize(("rule", "splits"), [("attnlrp", 1), ("cplrp", 3), ("ixg", 2)])
+def test_batches_of_which_only_the_device_knows_who_has_one_token(monkeypatch, rule, splits):
+    """In any order, with rows of padding: each launch passes over what is the other's."""
+    monkeypatch.setattr(tilings, "num_splits", lambda *_: splits)
+    torch.manual_seed(splits)
+    layer = make_layer(rule, kv_heads=2, group=2, head_dim=16, window=[None, None, 20][splits - 1])
+    sequences = [(3, 20), (40, 1), (0, 1), (17, 2), (33, 1)]
+    assert_as_twin(make_case(layer, sequences, padding=4, heads=True), mixed=True)
+    assert_as_twin(make_case(layer, [(25, 1)], heads=True), mixed=True)
 
 
 @pytest.mark.parametrize("splits", [1, 3])

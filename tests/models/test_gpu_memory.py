@@ -9,7 +9,8 @@ from transformers import AutoConfig, GPT2Config
 from vllm.platforms import current_platform
 
 from agd_vllm.attribution import worker as worker_module
-from agd_vllm.attribution.forward import PASS_TOKENS
+from agd_vllm.attribution.block_pool import BLOCK_TOKENS
+from agd_vllm.attribution.static_pass import SIZES
 from agd_vllm.attribution.worker import AttributionSettings, AttributionWorker
 from agd_vllm.engine.gpu import check_gpu
 from agd_vllm.inline.arguments import cache_planes
@@ -34,7 +35,7 @@ def test_weights_are_counted_without_being_made():
 
 def test_an_8b_model_fits_one_card_for_engine_and_worker_or_two():
     """bfloat16, halves of a card: 80 GiB are enough, 24 GiB are not; a card of its own of 24 GiB is."""
-    worker = sum(worker_needs(LLAMA_8B, torch.bfloat16, 512).values())
+    worker = sum(worker_needs(LLAMA_8B, torch.bfloat16, SIZES, 8192, BLOCK_TOKENS).values())
     engine = sum(engine_needs(LLAMA_8B, torch.bfloat16, 8192, 1).values())
     assert 15 * GIB < worker < 17 * GIB < engine + GIB
     assert 16 * GIB < engine < 17 * GIB < 0.45 * 80 * GIB
@@ -82,8 +83,8 @@ def test_a_worker_says_so_before_it_loads_its_model(smollm2, gpu, free, hint):
 def test_a_workers_cache_is_what_its_share_leaves(smollm2, gpu):
     """Its share of the GPU, or what others left of it, and a gibibyte at least."""
     config = AutoConfig.from_pretrained(smollm2)
-    beside = sum(worker_needs(config, torch.float32, PASS_TOKENS).values())
-    settings = AttributionSettings("forward", "attnlrp", "float32", gpu_share=0.5)
+    beside = sum(worker_needs(config, torch.float32, SIZES, 4096, BLOCK_TOKENS).values())
+    settings = AttributionSettings("forward", "attnlrp", "float32", gpu_share=0.5, max_model_len=4096)
 
     def cache(free: int) -> int:
         gpu(free * GIB, 40 * GIB)
