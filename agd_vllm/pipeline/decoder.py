@@ -163,8 +163,7 @@ class Decoder:
 
     def _attribution_settings(self) -> AttributionSettings:
         of = self.options
-        dtype = of.attribution_dtype or of.dtype
-        return AttributionSettings(of.scorer, of.rule, dtype, max_model_len=of.max_model_len)
+        return AttributionSettings(of.scorer, of.rule, of.attribution_dtype or of.dtype, max_model_len=of.max_model_len)
 
     def _make_replica(self, index: int) -> Any:
         return placement.make_replica(
