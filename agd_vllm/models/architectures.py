@@ -55,15 +55,13 @@ def check_supported(config: Any) -> str:
 
 
 def longest_sequence(text_config: Any) -> int:
-    """Tokens of the longest sequence that vLLM would take, too: what positions are scaled for counts."""
+    """Tokens of the longest sequence, by vLLM's rule: positions that are stretched linearly count as they are then, but
+    Gemma 3's config names its longest sequence itself, and so does one with YaRN."""
     longest = text_config.max_position_embeddings
-    for each in _rope_parameters(text_config):
-        stretched = {
-            "linear": longest,
-            "yarn": each.get("original_max_position_embeddings", longest),
-        }.get(each.get("rope_type"), 0)
-        longest = max(longest, int(stretched * each.get("factor", 1)))
-    return longest
+    if text_config.model_type.startswith("gemma3"):
+        return longest
+    linear = [each for each in _rope_parameters(text_config) if each.get("rope_type") == "linear"]
+    return int(longest * max((each["factor"] for each in linear), default=1))
 
 
 def _rope_parameters(text_config: Any) -> list[dict[str, Any]]:
