@@ -10,13 +10,12 @@ from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.steering.vector_file import SteeringVectors, absolute, read_vectors
 
 CONFIG = "agd_steering"
+# vLLM's engine argument for what its worker can be told.
+EXTENSION = "worker_extension_cls"
 CLASSES = {
     name: f"agd_vllm.steering.models:Steered{name}"
     for name in ("Gemma3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 }
-
-
-EXTENSION = "worker_extension_cls"
 
 
 def engine_args(model: ModelInfo, file: str, norm: bool, given: dict[str, Any]) -> dict[str, Any]:
