@@ -11,7 +11,8 @@ from agd_vllm.attribution import paged_twin
 from agd_vllm.attribution.adapters import Layer, adapt
 from agd_vllm.attribution.block_pool import BlockPool, CacheShape
 from agd_vllm.attribution.hf_model import HFModel
-from agd_vllm.attribution.operations import operations
+from agd_vllm.attribution.linears import linears
+from agd_vllm.attribution.operations import Operations
 from agd_vllm.attribution.pass_tables import PassBuffers, PassTables
 from agd_vllm.attribution.rules import RULES, Norm
 from agd_vllm.attribution.static_pass import SIZES, StaticPass
@@ -32,7 +33,8 @@ class TangentPass:
         self.hf = hf
         self.rule = RULES[rule]
         self.decoder = adapt(hf)
-        self.ops = operations(hf, self.decoder, self.rule)
+        self.linear = linears(self.decoder)
+        self.ops = Operations(self.rule, self.decoder.activation, hf.unembedding.dtype, hf.device)
         self.kernel = attention_kernel(hf.device, hf.head_dim, hf.unembedding.dtype)
         # What PyTorch multiplies in float32 anyway is kept so on a CPU.
         in_float = hf.device.type == "cpu" and self.kernel is paged_twin
@@ -78,13 +80,13 @@ class TangentPass:
 
         Where no twin is among the kernels, all that is launched follows from N, and nothing waits for the device.
         """
-        streams, ops, out = self._embed(tables), self.ops, None
+        streams, ops, linear, out = self._embed(tables), self.ops, self.linear, None
         for index, layer in enumerate(self.decoder.layers):
-            qkv = ops.linear(ops.norm(streams, layer.attention_norm, out), layer.qkv)
+            qkv = linear(ops.norm(streams, layer.attention_norm, out), layer.qkv)
             attended = self.kernel.attend(self._attention[index], tables.batch, index, cache[index], qkv.flatten(0, 1))
-            out = self._norm(ops.linear(attended.unflatten(0, (2, -1)), layer.o), layer.attention_output_norm)
-            hidden = ops.gated(ops.linear(ops.norm(streams, layer.mlp_norm, out), layer.gate_up))
-            out = self._norm(ops.linear(hidden, layer.down), layer.mlp_output_norm)
+            out = self._norm(linear(attended.unflatten(0, (2, -1)), layer.o), layer.attention_output_norm)
+            hidden = ops.gated(linear(ops.norm(streams, layer.mlp_norm, out), layer.gate_up))
+            out = self._norm(linear(hidden, layer.down), layer.mlp_output_norm)
         return ops.exact_norm(streams, self.decoder.final_norm, out)[1]
 
     def _embed(self, tables: PassTables) -> torch.Tensor:

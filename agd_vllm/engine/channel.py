@@ -196,13 +196,14 @@ class GateReceiver:
 
         Raises LookupError when there is none.
         """
-        self.drain()
-        if (gate := self._latest.get(key)) is not None and gate.step == step:
+        if self._report(key, step) is None:
+            self.drain()
+        if (gate := self._report(key, step)) is not None:
             return gate
         arrived = self._awaited[key] = asyncio.Event()
         try:
             async with asyncio.timeout(REPORT_S):
-                while (gate := self._latest.get(key)) is None or gate.step != step:
+                while (gate := self._report(key, step)) is None:
                     arrived.clear()
                     await arrived.wait()
         except TimeoutError as error:
@@ -210,6 +211,10 @@ class GateReceiver:
         finally:
             del self._awaited[key]
         return gate
+
+    def _report(self, key: int, step: int) -> Gate | None:
+        gate = self._latest.get(key)
+        return gate if gate is not None and gate.step == step else None
 
     def take_choice(self, key: int, step: int) -> int:
         """The token that a contrast chose for row `key` at output step `step`. Raises LookupError without one."""

@@ -1,17 +1,19 @@
-"""One row in vLLM: a streaming-input session that pauses at gated steps and keeps its KV cache while it waits."""
+"""One row in vLLM: a resumable request that pauses at gated steps and keeps its KV cache while it waits."""
 
 from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 from vllm import SamplingParams
-from vllm.engine.protocol import StreamingInput
 from vllm.inputs import tokens_input
+from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from agd_vllm.engine.channel import GateReceiver
 from agd_vllm.engine.contrast import ContrastParams
@@ -29,6 +31,9 @@ class Session:
     """Use: `await next()` gives a Gate (paused) or Finished; after a Gate `select(token)` and `next()` again.
 
     `close()` always, or vLLM keeps the session's slot and blocks.
+
+    vLLM's own way of going on, streaming input to `AsyncLLM.generate`, makes each chunk a request from the beginning;
+    here a chunk is the first one's request again, with its own token and limits.
     """
 
     def __init__(
@@ -49,22 +54,33 @@ class Session:
         self._params = params
         self._pause_id = params.pause_id if params else None
         self._receiver = receiver
+        self._llm = llm
         self._keys = keys
         self._key = params.key if params else None
         if isinstance(params, GateParams):
             receiver.expect(self._key)
         self._deadline_s = deadline_s
         self._sign_of_life = sign_of_life
-        self._chunks: asyncio.Queue[StreamingInput | None] = asyncio.Queue()
-        self._sampling = self._first_params()
-        # A new list, because vLLM extends it in place; with the output so far, where an earlier session stalled.
-        self._chunks.put_nowait(StreamingInput(tokens_input(row.prompt_token_ids + stops.token_ids), self._sampling))
-        self._outputs = llm.generate(self._inputs(), self._sampling, request_id=f"{next(keys)}")
+        self._first: EngineCoreRequest | None = None
+        self._waiting: EngineCoreRequest | None = None
+        self._outputs: RequestOutputCollector | None = None
         self.num_cached_tokens: int | None = None
 
-    async def _inputs(self) -> AsyncGenerator[StreamingInput, None]:
-        while (chunk := await self._chunks.get()) is not None:
-            yield chunk
+    async def _open(self) -> None:
+        params = self._first_params()
+        # A new list, because vLLM extends it in place; with the output so far, where an earlier session stalled.
+        prompt = tokens_input(self._row.prompt_token_ids + self._stops.token_ids)
+        inputs = self._llm.input_processor
+        tasks = await self._llm.get_supported_tasks()
+        request = inputs.process_inputs(f"{next(self._keys)}", prompt, params, tasks, resumable=True)
+        inputs.assign_request_id(request)
+        self._llm._run_output_handler()
+        self._outputs = RequestOutputCollector(params.output_kind, request.request_id)
+        self._first = self._waiting = request
+
+    async def _send(self) -> None:
+        request, self._waiting = self._waiting, None
+        await self._llm._add_request(request, None, None, 0, self._outputs)
 
     def _first_params(self) -> SamplingParams:
         return SamplingParams(
@@ -80,16 +96,15 @@ class Session:
             skip_clone=True,
         )
 
-    def _next_params(self) -> SamplingParams:
-        """Of the next chunk: vLLM counts max_tokens and min_tokens within a chunk, so both shrink.
-
-        A copy: to make them anew, and to check them anew, is a good part of what a resume costs.
-        """
-        params = copy.copy(self._sampling)
+    def _next_request(self, token_id: int) -> EngineCoreRequest:
+        """vLLM counts max_tokens and min_tokens within a chunk, so both shrink."""
+        request = copy.copy(self._first)
+        request.prompt_token_ids = [token_id]
+        request.sampling_params = params = copy.copy(self._first.sampling_params)
         params.max_tokens, params.min_tokens = self._stops.remaining, self._min_tokens
         if self._params:
             params.extra_args = self._params.as_extra_args()
-        return params
+        return request
 
     @property
     def _min_tokens(self) -> int:
@@ -101,14 +116,12 @@ class Session:
 
     async def advance(self) -> Finished | None:
         """As `next`, with None for a pause, whose report may not have come yet."""
+        if self._first is None:
+            await self._open()
+        if self._waiting is not None:
+            await self._send()
         while True:
-            try:
-                async with asyncio.timeout(self._deadline_s):
-                    output = await anext(self._outputs)
-            except TimeoutError as error:
-                raise SessionStalled(f"vLLM gave no token for {self._deadline_s:g} s") from error
-            except StopAsyncIteration as error:
-                raise SessionFailed("vLLM closed the session") from error
+            output = self._outputs.get_nowait() or await self._output()
             self._sign_of_life()
             if self.num_cached_tokens is None:
                 self.num_cached_tokens = output.num_cached_tokens
@@ -122,13 +135,20 @@ class Session:
             if completion.finish_reason is not None:
                 raise SessionFailed(f"vLLM ended the session early ({completion.finish_reason})")
 
+    async def _output(self) -> RequestOutput:
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await self._outputs.get()
+        except TimeoutError as error:
+            raise SessionStalled(f"vLLM gave no token for {self._deadline_s:g} s") from error
+
     def select(self, token_id: int) -> Finished | None:
-        """Takes `token_id` at the paused step: ends the row (returned) or sends it to vLLM, which decodes on."""
+        """Takes `token_id` at the paused step: ends the row (returned), or has `next` send it to vLLM."""
         if reason := self._stops.add(token_id):
             return Finished(reason)
         if isinstance(self._params, GateParams):
             self._take_new_key()
-        self._chunks.put_nowait(StreamingInput(tokens_input([token_id]), self._next_params()))
+        self._waiting = self._next_request(token_id)
         return None
 
     def _take_new_key(self) -> None:
@@ -146,5 +166,5 @@ class Session:
         """Ends the session in vLLM, finished or not, and frees its slot and blocks."""
         if self._key is not None:
             self._receiver.forget(self._key)
-        self._chunks.put_nowait(None)
-        await self._outputs.aclose()
+        if self._outputs is not None:
+            await self._llm.abort(self._outputs.request_id, internal=True)

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
+from agd_vllm.attribution.operations import Operations
 from agd_vllm.attribution.rules import ACTIVATIONS, RULES, Norm
 from agd_vllm.inline import adapters
 from agd_vllm.inline.adapters import InlineLayer
 from agd_vllm.inline.arguments import rule_name
 from agd_vllm.inline.attention import DualAttention
-from agd_vllm.inline.operations import Operations
 from agd_vllm.inline.runner import Runner
 from agd_vllm.inline.runner_v1 import RunnerV1
 

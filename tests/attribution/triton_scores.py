@@ -10,16 +10,15 @@ import sys
 import torch
 from requests_for_tiny import as_request
 
-from agd_vllm.attribution import forward, tangent_pass
+from agd_vllm.attribution import forward, operations, tangent_pass
 from agd_vllm.attribution.forward import ForwardScorer
-from agd_vllm.attribution.operations import FusedOperations
 from agd_vllm.kernels import paged_attention_gpu, streams_triton
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     job = json.load(sys.stdin)
     tangent_pass.attention_kernel = lambda *_: paged_attention_gpu
-    tangent_pass.operations = lambda _hf, *model: FusedOperations(*model, streams_triton)
+    operations.stream_kernels = lambda *_: streams_triton
     forward.PASS_TOKENS = 32
     scores = []
     for path, rule, cases in job["runs"]:

@@ -18,11 +18,12 @@ if __name__ == "__main__":
     if job["kernels"] != "compiled":
         compiled.available = lambda: False
     if job["kernels"] == "triton":
-        from agd_vllm.inline import attention, operations
+        from agd_vllm.attribution import operations
+        from agd_vllm.inline import attention
         from agd_vllm.kernels import paged_attention_gpu, streams_triton
 
         attention.kernel = lambda device, head_dim: paged_attention_gpu
-        operations._kernels = lambda device: streams_triton
+        operations.stream_kernels = lambda *_: streams_triton
     torch.set_num_threads(1)  # the models are tiny: a second thread only waits
     answers = {}
     for path, cases in job["models"].items():

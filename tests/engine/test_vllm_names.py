@@ -1,5 +1,5 @@
-"""The names of vLLM's that inline attribution leans on and that nobody promises: one that is gone is named here, not in
-a stack of another error."""
+"""The names of vLLM's that sessions and inline attribution lean on and that nobody promises: one that is gone is named
+here, not in a stack of another error."""
 
 import importlib
 import inspect
@@ -25,6 +25,11 @@ NAMES = [
     ("vllm.v1.kv_cache_interface", "FullAttentionSpec.head_size_v"),
     ("vllm.v1.kv_cache_interface", "KVCacheLayout.LBHNC"),
     ("vllm.v1.sample.logits_processor.builtin", "process_dict_updates"),
+    ("vllm.v1.engine.async_llm", "AsyncLLM._add_request"),
+    ("vllm.v1.engine.async_llm", "AsyncLLM._run_output_handler"),
+    ("vllm.v1.engine", "EngineCoreRequest.resumable"),
+    ("vllm.v1.engine.input_processor", "InputProcessor.assign_request_id"),
+    ("vllm.v1.engine.output_processor", "RequestOutputCollector.get"),
     ("vllm.v1.engine.llm_engine", "LLMEngine.add_request"),
     ("vllm.v1.engine.llm_engine", "LLMEngine.abort_request"),
     ("vllm.v1.engine.llm_engine", "LLMEngine.step"),
