@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +63,19 @@ def plain_vllm(
     model: Path,
     rows: Iterable[tuple[list[int], dict[str, Any]]],
     output: Path,
-    steering_strength: float | None = None,
+    steering_strengths: Sequence[float] = (),
     **engine_args: Any,
 ) -> list[dict[str, Any]]:
     """Greedy outputs of plain `vllm.LLM` in float32: token_ids, text, finish_reason and
-    where they are asked for logprobs of each (prompt, parameters)."""
+    where they are asked for logprobs of each (prompt, parameters); where strengths are given, of all rows at the first,
+    then at the next."""
     job = {
         "model": str(model),
         "engine_args": {"dtype": "float32", **ENGINE_ARGS, **engine_args},
         "rows": [{"prompt_token_ids": prompt, "params": params} for prompt, params in rows],
         "output": str(output),
+        "steering_strengths": steering_strengths,
     }
-    if steering_strength is not None:
-        job["steering_strength"] = steering_strength
     command = [sys.executable, str(CHECKOUT / "tests/plain_vllm.py")]
     subprocess.run(command, input=json.dumps(job), text=True, check=True, capture_output=True, timeout=600)
     return json.loads(output.read_text())

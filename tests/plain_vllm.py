@@ -9,11 +9,14 @@ from vllm.inputs import TokensPrompt
 if __name__ == "__main__":
     job = json.load(sys.stdin)
     llm = LLM(job["model"], disable_log_stats=True, **job["engine_args"])
-    if "steering_strength" in job:
-        llm.collective_rpc("set_steering_strength", args=(job["steering_strength"],))
     prompts = [TokensPrompt(prompt_token_ids=row["prompt_token_ids"]) for row in job["rows"]]
     params = [SamplingParams(temperature=0.0, **row["params"]) for row in job["rows"]]
-    outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+    outputs = []
+    for strength in job["steering_strengths"] or [None]:
+        if strength is not None:
+            llm.collective_rpc("set_steering_strength", args=(strength,))
+            llm.reset_prefix_cache()
+        outputs += [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
     with open(job["output"], "w") as file:
         fields = (
             {

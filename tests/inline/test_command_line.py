@@ -124,10 +124,9 @@ def test_a_cache_that_cannot_hold_a_row_is_told_in_one_line(smollm2, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("tau", ["1.734", "0"])
-def test_the_demo_is_that_of_the_workers(smollm2, tmp_path, tau):
+def test_the_demo_is_that_of_the_workers(smollm2, tmp_path):
     for scorer in ("forward", "inline"):
-        done = run(DEMO_ROWS, smollm2, tmp_path / scorer, "--scorer", scorer, "--tau", tau, "--max-tokens", "48")
+        done = run(DEMO_ROWS, smollm2, tmp_path / scorer, "--scorer", scorer, "--tau", "0", "--max-tokens", "48")
         assert done.returncode == 0, done.stderr
     (ours, our_steps), (theirs, their_steps) = decoded(tmp_path / "inline"), decoded(tmp_path / "forward")
     assert ours.keys() == theirs.keys() and len(ours) > 20

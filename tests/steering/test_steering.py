@@ -86,7 +86,7 @@ def test_logits_are_those_of_hooks_on_transformers(smollm2, tmp_path, norm):
     """Prompts in chunks, the rows side by side, against one row at a time."""
     vectors = write(tmp_path / "v.safetensors", smollm2)
     prompts = [row.prompt_token_ids for row in prepared_demo_rows(smollm2, 4, NEW)]
-    args = engine_args(info(smollm2), str(tmp_path / "v.safetensors"), norm, {}) | {"steering_strength": STRENGTH}
+    args = engine_args(info(smollm2), str(tmp_path / "v.safetensors"), norm, {}) | {"steering_strengths": [STRENGTH]}
     rows = [(prompt, {"max_tokens": NEW, "ignore_eos": True, "logprobs": TOP}) for prompt in prompts]
     decoded = plain_vllm(smollm2, rows, tmp_path / "out.json", max_num_batched_tokens=64, **args)
     plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
@@ -113,7 +113,7 @@ def test_every_family_is_steered(tmp_path, name):
     model, prompts, rows, args = tiny_job(tmp_path / name, name)
     vectors = write(tmp_path / "v.safetensors", name, (0, 2), 64)
     args |= engine_args(info(tmp_path / name, 3), str(tmp_path / "v.safetensors"), True, {})
-    args |= {"steering_strength": 1.5}
+    args |= {"steering_strengths": [1.5]}
     decoded = plain_vllm(tmp_path / name, rows, tmp_path / "out.json", **args)
     assert_logprobs_are_those_of(hooked(model, vectors, 1.5, True), prompts, decoded)
 
@@ -126,7 +126,7 @@ def test_model_runner_v2_steers_as_the_other_does(tmp_path, monkeypatch):
     model, prompts, rows, args = tiny_job(tmp_path / "llama", "llama")
     vectors = write(tmp_path / "v.safetensors", "llama", (0, 2), 64)
     args |= engine_args(info(tmp_path / "llama", 3), str(tmp_path / "v.safetensors"), True, {})
-    chunks = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "steering_strength": 1.5}
+    chunks = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "steering_strengths": [1.5]}
     decoded = plain_vllm(tmp_path / "llama", rows, tmp_path / "out.json", **args, **chunks)
     with pytest.raises(AssertionError):
         assert_logprobs_are_those_of(model, prompts, decoded)
@@ -135,25 +135,23 @@ def test_model_runner_v2_steers_as_the_other_does(tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_compiled_models_are_each_their_own(tmp_path, monkeypatch):
-    """One compile cache for a model unsteered, and steered at two strengths, which share what is compiled; not
-    compiled, strength 0 is greedy to the token."""
+    """One compile cache for a model unsteered and steered; one load for all strengths, of which 0 is greedy to the
+    token."""
     model, prompts, rows, args = tiny_job(tmp_path / "llama", "llama")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
-    file = tmp_path / "v.safetensors"
-
-    def decode(number, extra):
-        return plain_vllm(tmp_path / "llama", rows, tmp_path / f"{number}.json", **args, **extra)
-
-    greedy = decode(0, {"enforce_eager": False})
+    args |= {"enforce_eager": False}
+    greedy = plain_vllm(tmp_path / "llama", rows, tmp_path / "greedy.json", **args)
     assert_logprobs_are_those_of(model, prompts, greedy)
-    vectors = write(file, "llama", (0, 2), 64)
-    steering = engine_args(info(tmp_path / "llama", 3), str(file), True, {})
-    for number, strength in enumerate((1.5, -1.5, 0.0), start=1):
-        decoded = decode(number, steering | {"enforce_eager": strength == 0, "steering_strength": strength})
-        tokens, plain = ([row["token_ids"] for row in rows] for rows in (decoded, greedy))
+    vectors = write(tmp_path / "v.safetensors", "llama", (0, 2), 64)
+    args |= engine_args(info(tmp_path / "llama", 3), str(tmp_path / "v.safetensors"), True, {})
+    strengths = [1.5, -1.5, 0.0]
+    decoded = plain_vllm(tmp_path / "llama", rows, tmp_path / "steered.json", steering_strengths=strengths, **args)
+    for number, strength in enumerate(strengths):
+        its = decoded[number * len(rows) :][: len(rows)]
+        tokens, plain = ([row["token_ids"] for row in rows] for rows in (its, greedy))
         assert (tokens == plain) == (strength == 0)
         steered = hooked(AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), vectors, strength, True)
-        assert_logprobs_are_those_of(steered, prompts, decoded)
+        assert_logprobs_are_those_of(steered, prompts, its)
     compiled = [path.parent for path in (tmp_path / "cache/torch_compile_cache").rglob("rank_0_0")]
     assert len(compiled) == 2
 
