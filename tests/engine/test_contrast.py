@@ -229,10 +229,14 @@ def test_a_penalty_is_the_contrasts_by_the_prompt_with_the_region(batch, receive
         assert contrast[tokens].ne(plain[tokens]).all()
         return contrast
 
-    before, after = batch.sample(one, other)
+    logits = torch.randn(2, VOCAB)
+    # The contrast's best is a token of the prompt, and another one's once that is penalised.
+    logits[:, 3], logits[:, 9] = 6.0, 5.0
+    before, after = batch.sample(one, other, logits=logits)
     assert paused(*after)
+    assert formula(*before).argmax() == 3
     token_id = receiver.take_choice(1, 0)
-    assert token_id == penalized(one.token_ids, before).argmax()
+    assert token_id == penalized(one.token_ids, before).argmax() == 9
     for each in (one, other):
         each.resume(token_id)
     for _ in range(3):
