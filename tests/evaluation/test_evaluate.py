@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -102,6 +103,9 @@ def test_strategies_that_can_share_an_engine_load_it_once_and_decode_the_same(tm
     """Whatever stands between them, and against one that has an engine of its own."""
     common = ["--model", str(smollm2), "--dtype", "float32", "--max-model-len", "512", "--max-tokens", "12"]
     common += ["--engine-arg", "enforce_eager=true", "--engine-arg", "kv_cache_memory_bytes=268435456"]
+    # A cached prefix is whole blocks: those that are steered otherwise would be found again.
+    common += ["--engine-arg", "block_size=32"]
+    (tmp_path / "data.jsonl").write_text(Path(data).read_text().replace(SYSTEM, f"{SYSTEM} {SYSTEM}"))
     output, alone = tmp_path / "out", tmp_path / "alone"
     vectors = tmp_path / "v.safetensors"
     drawn = 4 * torch.randn(576, generator=torch.Generator().manual_seed(0))
