@@ -26,6 +26,7 @@ BESIDE = {("prompts", "input"), ("jobs", "cli")}
 # Inline attribution stands beside the engine and the workers: of these it knows so much.
 OF_THE_WINGS_BELOW = {
     "inline": {
+        "agd_vllm.attribution.operations",
         "agd_vllm.attribution.paged_twin",
         "agd_vllm.attribution.regions",
         "agd_vllm.attribution.rules",

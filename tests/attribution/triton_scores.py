@@ -10,7 +10,7 @@ import sys
 import torch
 from requests_for_tiny import as_request
 
-from agd_vllm.attribution import forward, operations, tangent_pass
+from agd_vllm.attribution import forward, linears, operations, tangent_pass
 from agd_vllm.attribution.forward import ForwardScorer
 from agd_vllm.kernels import paged_attention_gpu, streams_triton
 
@@ -18,6 +18,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     job = json.load(sys.stdin)
     tangent_pass.attention_kernel = lambda *_: paged_attention_gpu
+    linears._can_pack = lambda weight: False
     operations.stream_kernels = lambda *_: streams_triton
     forward.PASS_TOKENS = 32
     scores = []

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from agd_vllm.attribution import forward, operations, tangent_pass
+from agd_vllm.attribution import forward, linears, operations, tangent_pass
 from agd_vllm.attribution.forward import ForwardScorer
 from agd_vllm.kernels import paged_attention_gpu, streams_triton, tilings
 from agd_vllm.records import Roi, ScoreRequest, Span
@@ -37,6 +37,7 @@ def scorers(tmp_path, monkeypatch):
     def load(name: str, rule: str) -> tuple[ForwardScorer, Callable[[], ForwardScorer]]:
         expected = partial(ForwardScorer, str(tiny.save(name, tmp_path)), rule=rule, cache_bytes=1 << 20)
         with monkeypatch.context() as patch:
+            patch.setattr(linears, "_can_pack", lambda weight: False)
             patch.setattr(operations, "stream_kernels", lambda *_: streams_triton)
             patch.setattr(tangent_pass, "attention_kernel", lambda *_: paged_attention_gpu)
             return expected(), expected
