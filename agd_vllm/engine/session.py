@@ -20,11 +20,9 @@ from agd_vllm.engine.contrast import ContrastParams
 from agd_vllm.engine.entropies import EntropyParams
 from agd_vllm.engine.events import Finished, SessionFailed, SessionStalled
 from agd_vllm.engine.gate_params import GateParams
+from agd_vllm.engine.plain_request import STREAM_INTERVAL
 from agd_vllm.engine.stops import StopCheck
 from agd_vllm.records import Gate, PreparedRow
-
-# With no stop string to look for, most tokens need no message of their own; some show that the session is alive.
-STREAM_INTERVAL = 64
 
 
 class Session:
@@ -62,7 +60,8 @@ class Session:
         self._deadline_s = deadline_s
         self._sign_of_life = sign_of_life
         self._first: EngineCoreRequest | None = None
-        self._waiting: EngineCoreRequest | None = None
+        # Goes to vLLM with `next`: the first request, or after a selection its like.
+        self._unsent: EngineCoreRequest | None = None
         self._outputs: RequestOutputCollector | None = None
         self.num_cached_tokens: int | None = None
 
@@ -76,10 +75,10 @@ class Session:
         inputs.assign_request_id(request)
         self._llm._run_output_handler()
         self._outputs = RequestOutputCollector(params.output_kind, request.request_id)
-        self._first = self._waiting = request
+        self._first = self._unsent = request
 
     async def _send(self) -> None:
-        request, self._waiting = self._waiting, None
+        request, self._unsent = self._unsent, None
         await self._llm._add_request(request, None, None, 0, self._outputs)
 
     def _first_params(self) -> SamplingParams:
@@ -118,7 +117,7 @@ class Session:
         """As `next`, with None for a pause, whose report may not have come yet."""
         if self._first is None:
             await self._open()
-        if self._waiting is not None:
+        if self._unsent is not None:
             await self._send()
         while True:
             output = self._outputs.get_nowait() or await self._output()
@@ -148,7 +147,7 @@ class Session:
             return Finished(reason)
         if isinstance(self._params, GateParams):
             self._take_new_key()
-        self._waiting = self._next_request(token_id)
+        self._unsent = self._next_request(token_id)
         return None
 
     def _take_new_key(self) -> None:
