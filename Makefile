@@ -17,8 +17,12 @@ demo: $(VENV)/.ready $(MODEL)/model.safetensors
 # Two workers with a core each; which files go together, and first: tests/two_workers.py.
 PYTEST := $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
+# TIERS=all: with what is long, too, in one session.
+TIERS := quick
+MARKS := $(if $(filter all,$(TIERS)),,-m "not long")
+
 test: $(VENV)/.ready lint browser $(MODEL)/model.safetensors
-	$(PYTEST) -m "not long"
+	$(PYTEST) $(MARKS)
 
 # What `make test` has a short form of, or covers in parts: runs of the real thing that take minutes.
 long: $(VENV)/.ready $(MODEL)/model.safetensors

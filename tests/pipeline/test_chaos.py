@@ -9,28 +9,17 @@ from collections.abc import Callable
 
 import psutil
 import pytest
-from chaos import INTERRUPTED, ChaosRun, await_end, family, undisturbed, unleash, victims
+from chaos import INTERRUPTED, ChaosRun, await_end, family, unleash, victims
 
 
 def test_a_run_survives_the_death_of_its_driver_and_a_worker(smollm2, command_run, tmp_path):
-    """Of an engine: test_decoder.py. Of each part in one run, which takes minutes: below."""
+    """Of an engine: test_decoder.py. Of all parts in one run, in `make long`: tests/inline/test_command_line.py."""
     kills = ["driver", "worker"]
     calm = command_run.output
     result = unleash(smollm2, tmp_path, kills, rows=16, seed=0, calm=calm, delay_s=0.5, to_the_last=False)
     assert not result["kills_left"]
     assert result["launches"] == 2
     assert result["faults"]["worker_restarts"] >= 1
-
-
-@pytest.mark.long
-@pytest.mark.timeout(900)
-def test_a_run_survives_the_death_of_each_part(smollm2, tmp_path):
-    calm = undisturbed(smollm2, tmp_path, rows=30)
-    result = unleash(smollm2, tmp_path, ["driver", "worker", "actor"], rows=30, seed=0, calm=calm)
-    assert not result["kills_left"]
-    assert result["launches"] == 2
-    assert result["faults"]["worker_restarts"] >= 1
-    assert result["faults"]["engine_restarts"] >= 1
 
 
 def everybody(driver: psutil.Process, number: int) -> None:
