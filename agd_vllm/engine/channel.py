@@ -1,7 +1,7 @@
 """How gated steps reach the engine actor from vLLM's worker process: one Unix datagram per engine step.
 
-On a CPU a datagram is sent while sampling and arrives before the PAUSE token does, which travels through two more
-processes. On a GPU a thread sends it as soon as the decision has been copied: it may come a moment after the token.
+On a CPU a datagram is sent while sampling and arrives before its token does, which travels through two more processes.
+On a GPU a thread sends it as soon as the decision has been copied: it may come a moment after the token.
 Tokens that a contrast has chosen and recorded entropies take the same way.
 """
 
@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -27,7 +27,7 @@ MAX_DATAGRAM = 1 << 16
 # Bytes at most: 23 for a candidate (id, probability and score), 32 for the rest of a report.
 CANDIDATE_BYTES, REPORT_BYTES = 23, 32
 MAX_TOP_K = 2000
-# A report that is not here so long after its PAUSE token will not come.
+# A report that is not here so long after its token will not come.
 REPORT_S = 10.0
 
 # Choices or entropies in a datagram: at most 24 bytes each.
@@ -36,6 +36,7 @@ NOTES_PER_DATAGRAM = 1000
 # Set where a run is traced: the processor then reports every engine step, too.
 TRACE_VARIABLE = "AGD_VLLM_TRACE"
 
+T = TypeVar("T")
 Report = tuple[int, int, float, list[int], list[float]]  # key, step, entropy, candidate ids, candidate probabilities
 Guided = tuple[float, list[int], list[float], list[float]]  # entropy, candidate ids, their probabilities and scores
 Sample = tuple[int, int, Guided | None]  # key, step, and how it was guided
@@ -182,6 +183,8 @@ class GateReceiver:
                 for key, step, guided in datagram.samples:
                     if key in self._followed:
                         self._followed[key].take(step, guided)
+                    if key in self._awaited:
+                        self._awaited[key].set()
                 if datagram.step is not None:
                     self._on_step(datagram.step)
                 if datagram.failure is not None:
@@ -196,21 +199,28 @@ class GateReceiver:
 
         Raises LookupError when there is none.
         """
-        if self._report(key, step) is None:
-            self.drain()
-        if (gate := self._report(key, step)) is not None:
-            return gate
+        try:
+            return await self._until(key, lambda: self._report(key, step))
+        except TimeoutError as error:
+            raise LookupError(f"no gate report for step {step} came within {REPORT_S:g} s") from error
+
+    async def _until(self, key: int, ready: Callable[[], T | None]) -> T:
+        """What `ready` gives as soon as it is not None; asked again whenever something of `key` has arrived.
+
+        Raises TimeoutError after REPORT_S.
+        """
+        if (found := ready()) is not None:
+            return found
+        self.drain()
         arrived = self._awaited[key] = asyncio.Event()
         try:
             async with asyncio.timeout(REPORT_S):
-                while (gate := self._report(key, step)) is None:
+                while (found := ready()) is None:
                     arrived.clear()
                     await arrived.wait()
-        except TimeoutError as error:
-            raise LookupError(f"no gate report for step {step} came within {REPORT_S:g} s") from error
         finally:
             del self._awaited[key]
-        return gate
+        return found
 
     def _report(self, key: int, step: int) -> Gate | None:
         gate = self._latest.get(key)
@@ -237,17 +247,27 @@ class GateReceiver:
         """Keeps every guided step of row `key` until `forget`."""
         self._followed[key] = _Followed()
 
-    def guided_steps(self, key: int, token_ids: list[int]) -> list[GuidedStep]:
-        """The guided steps of row `key`, whose output is `token_ids`, in their order. Raises ReportsLost."""
-        self.drain()
+    def guided_steps(self, key: int, token_ids: list[int]) -> list[GuidedStep] | None:
+        """The guided steps of row `key`, whose output is `token_ids`, in their order; None while reports are on their
+        way. Raises ReportsLost."""
         followed = self._followed[key]
-        if followed.broken or followed.reported < len(token_ids):
+        if followed.broken:
             raise ReportsLost("a report was lost on its way")
+        if followed.reported < len(token_ids):
+            return None
         # Past a stop string vLLM may have decoded on.
         steps = [step for step in followed.steps if step.step < len(token_ids)]
         if any(step.chosen_id != token_ids[step.step] for step in steps):
             raise ReportsLost("reports and tokens do not belong together")
         return steps
+
+    async def take_steps(self, key: int, token_ids: list[int]) -> list[GuidedStep]:
+        """As `guided_steps`; waits for reports that are still on their way: they travel beside the tokens, by a thread
+        and a socket of their own. Raises ReportsLost after REPORT_S, too."""
+        try:
+            return await self._until(key, lambda: self.guided_steps(key, token_ids))
+        except TimeoutError as error:
+            raise ReportsLost(f"no report of the last token came within {REPORT_S:g} s") from error
 
     def forget(self, key: int) -> None:
         for kept in (self._latest, self._choices, self._entropies, self._followed):

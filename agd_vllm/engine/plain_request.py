@@ -71,9 +71,9 @@ class PlainRequest:
                 raise SessionFailed(f"vLLM ended the row early ({completion.finish_reason})")
         raise SessionFailed("vLLM closed the request")
 
-    def guided_steps(self) -> list[GuidedStep]:
-        """Those of all tokens so far. Raises ReportsLost."""
-        return [] if self._key is None else self._receiver.guided_steps(self._key, self._stops.token_ids)
+    async def guided_steps(self) -> list[GuidedStep]:
+        """Those of all tokens so far; waits for reports that are still on their way. Raises ReportsLost."""
+        return [] if self._key is None else await self._receiver.take_steps(self._key, self._stops.token_ids)
 
     async def close(self) -> None:
         if self._key is not None:

@@ -193,7 +193,7 @@ class InlineAgd(Strategy):
             decoding.row, decoding.stops, lambda key: inline_params_of(roi, key, *gate)
         ) as request:
             finished = await request.next()
-            steps = request.guided_steps()
+            steps = await request.guided_steps()
         for step in steps:
             if any(map(math.isnan, step.scores)):
                 decoding.faults.record("nan_scores", row=decoding.row.id, step=step.step)

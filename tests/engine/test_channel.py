@@ -145,6 +145,7 @@ def followed(receiver, *samples):
     sender = GateSender(receiver.path)
     for sample in samples:
         sender.send_samples([sample])
+    receiver.drain()
     return receiver
 
 
@@ -163,10 +164,31 @@ def test_every_sample_of_a_followed_row_is_known_and_guided_ones_are_its_steps(r
         ([(1, 0, GUIDED)], [5]),  # another token was sampled
     ],
 )
-def test_a_row_whose_reports_are_not_complete_is_told(receiver, samples, tokens):
+def test_a_row_whose_reports_are_not_complete_is_told(receiver, monkeypatch, samples, tokens):
+    monkeypatch.setattr(channel, "REPORT_S", 0.05)
     followed(receiver, *samples)
     with pytest.raises(ReportsLost):
-        receiver.guided_steps(1, tokens)
+        asyncio.run(receiver.take_steps(1, tokens))
+
+
+@pytest.mark.parametrize("seconds", [0.002, 0.2])
+def test_steps_are_awaited_until_the_last_token_is_reported(receiver, seconds):
+    sender = GateSender(receiver.path)
+    rows = range(64)
+    for key in rows:
+        receiver.follow(key)
+
+    async def late():
+        asyncio.get_running_loop().add_reader(receiver.fileno(), receiver.drain)
+        taken = asyncio.gather(*(receiver.take_steps(key, [4, 9]) for key in rows))
+        for step, guided in ((0, None), (1, GUIDED)):
+            await asyncio.sleep(seconds)
+            assert not taken.done()
+            sender.send_samples([(key, step, guided) for key in rows])
+        return await asyncio.wait_for(taken, 5)
+
+    assert [[step.chosen_id for step in steps] for steps in asyncio.run(late())] == [[9]] * 64
+    assert not receiver._awaited
 
 
 def test_a_sample_computed_again_neither_adds_nor_replaces_a_step(receiver):

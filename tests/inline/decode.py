@@ -1,13 +1,16 @@
 """Rows decoded with inline attribution by an engine of one process, in float32: decode.py < JOB.json
 
-A job has a model, engine_args, an output, and `runs` one after another on one engine: rows and tau, whether reports are
-`dropped`, and a repetition `penalty`. Each answers with its rows, faults, model runner and scheduling, and how often
-vLLM preempted and took tokens from its prefix cache.
+A job has a model, engine_args, an output, and `runs` one after another on one engine: rows and tau, how many reports
+are `dropped`, by how many seconds they are `delayed`, and a repetition `penalty`. Each answers with its rows, faults,
+model runner and scheduling, and how often vLLM preempted and took tokens from its prefix cache.
 """
 
 import dataclasses
 import json
+import queue
 import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,10 +28,11 @@ from agd_vllm.pipeline.strategies import InlineAgd
 from agd_vllm.records import DecodedRow, PreparedRow, Roi, Span
 
 COUNTS: Counter[str] = Counter()
+DELAY = {"seconds": 0.0}
 
 
 def spy() -> None:
-    """Counts what vLLM does on its way, and drops reports where that is asked for."""
+    """Counts what vLLM does on its way; drops and delays reports where that is asked for."""
     put, preempt, send = SteppedLLM._put, Scheduler._preempt_request, GateSender._send
 
     def counted_put(self, request_id, output):
@@ -42,8 +46,20 @@ def spy() -> None:
     def dropping_send(self, datagram):
         if datagram.samples and COUNTS["to_drop"]:
             COUNTS["to_drop"] -= 1
+        elif DELAY["seconds"]:
+            late.put((time.monotonic() + DELAY["seconds"], self, datagram))
         else:
             send(self, datagram)
+
+    late = queue.SimpleQueue()
+
+    def send_late():
+        while True:
+            due, sender, datagram = late.get()
+            time.sleep(max(0.0, due - time.monotonic()))
+            send(sender, datagram)
+
+    threading.Thread(target=send_late, daemon=True).start()
 
     SteppedLLM._put, Scheduler._preempt_request, GateSender._send = counted_put, counted_preempt, dropping_send
 
@@ -89,7 +105,7 @@ def main() -> None:
     results = []
     for run in job["runs"]:
         COUNTS.clear()
-        COUNTS["to_drop"] = run.get("dropped", 0)
+        COUNTS["to_drop"], DELAY["seconds"] = run.get("dropped", 0), run.get("delayed", 0.0)
         penalty = run.get("penalty", 1.0)
         engine.engine._settings = dataclasses.replace(engine.engine._settings, repetition_penalty=penalty)
         strategy = InlineAgd(job.get("rule", "attnlrp"), run["tau"], 5, 0.05, penalty)

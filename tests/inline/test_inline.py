@@ -22,6 +22,9 @@ from agd_vllm.records import PreparedRow, Roi, ScoreRequest, Span
 sys.path.append(str(Path(__file__).parent))
 TOKENS = 24
 PENALTY, PENALTY_TAU = 1.3, 1.0
+# Seconds that reports are late; rows side by side then, and tokens of most of them.
+DELAYS = (0.002, 0.2)
+SIDE_BY_SIDE, SHORT = 64, 4
 # A cache of some hundred tokens and prompts in chunks: rows are preempted and computed again.
 TIGHT = {"max_num_batched_tokens": 64, "block_size": 32, "num_gpu_blocks_override": 17, "kv_cache_memory_bytes": None}
 
@@ -132,8 +135,16 @@ def runs(smollm2, groups, rows, tmp_path_factory):
     asked += [{"rows": rows, "tau": tau} for tau in (1.734, 0.0)]
     asked.append({"rows": rows, "tau": 1.734, "dropped": 1})
     asked.append({"rows": to_penalize(groups), "tau": PENALTY_TAU, "penalty": PENALTY})
-    done = decode(smollm2, tmp_path_factory.mktemp("inline"), asked, block_size=16)
-    return dict(zip(("plain", "users", "regions", "gated", "full", "lost", "penalized"), done, strict=True))
+    asked += [{"rows": many(groups), "tau": 1.734, "delayed": seconds} for seconds in DELAYS]
+    done = decode(smollm2, tmp_path_factory.mktemp("inline"), asked, block_size=16, max_num_seqs=SIDE_BY_SIDE)
+    names = ("plain", "users", "regions", "gated", "full", "lost", "penalized", *DELAYS)
+    return dict(zip(names, done, strict=True))
+
+
+def many(groups) -> list[PreparedRow]:
+    """As many as the engine takes, of a few tokens or with a stop string."""
+    chosen = [dataclasses.replace(row, max_tokens=SHORT) for row in groups["plain"]] + groups["stops"][:1]
+    return [renamed(chosen[number % len(chosen)], f"{number}") for number in range(SIDE_BY_SIDE)]
 
 
 def to_penalize(groups) -> list[PreparedRow]:
@@ -204,6 +215,20 @@ def test_the_same_prompts_under_another_region_do_not(runs, expected, rows, grou
 def test_rows_whose_report_was_lost_are_decoded_again(runs, expected):
     assert runs["lost"]["faults"]["reports_lost"] >= 1
     assert_same(runs["lost"]["rows"], expected[1.734])
+
+
+@pytest.mark.parametrize("seconds", DELAYS)
+def test_reports_that_come_after_their_tokens_are_awaited(runs, expected, rows, groups, seconds):
+    """As on a GPU, where a thread sends them."""
+    run = runs[seconds]
+    assert not run["faults"]
+    stopped, plain = of(expected, rows, groups, "stops")[0], of(expected, rows, groups, "plain")
+    for number, row in enumerate(run["rows"]):
+        place = number % (len(plain) + 1)
+        theirs = plain[place] if place < len(plain) else stopped
+        assert row["token_ids"] == theirs["token_ids"][: SHORT if place < len(plain) else None]
+        steps = [step[:3] for step in theirs["steps"] if step[0] < len(row["token_ids"])]
+        assert [step[:3] for step in row["steps"]] == steps
 
 
 def test_the_gate_sees_penalised_logits(runs, expected, rows, groups, penalized):
