@@ -15,7 +15,13 @@ OWN = {
     "seed": "--seed",
     "trust_remote_code": "--trust-remote-code",
 }
-FIXED = ("logits_processors", "disable_hybrid_kv_cache_manager", "scheduling_policy", "speculative_config")
+FIXED = (
+    "logits_processors",
+    "disable_hybrid_kv_cache_manager",
+    "scheduler_cls",
+    "scheduling_policy",
+    "speculative_config",
+)
 
 
 def gpus_per_engine(given: dict[str, Any]) -> int:
@@ -35,7 +41,7 @@ def check_engine_args(given: dict[str, Any]) -> None:
         if name in OWN:
             raise ValueError(f"--engine-arg {name}: use {OWN[name]}")
         if name in FIXED:
-            raise ValueError(f"--engine-arg {name}: set by agd-vllm, whose sessions depend on it; leave it out")
+            raise ValueError(f"--engine-arg {name}: agd-vllm sets it, and its rows depend on it; leave it out")
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f", did you mean {close[0]}?" if close else ""

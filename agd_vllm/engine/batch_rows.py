@@ -25,27 +25,40 @@ class BatchRow(msgspec.Struct):
 
 
 def checked_params(sampling_params: SamplingParams, name: str, kind: type) -> Any:
-    """`extra_args[name]` as a `kind`, None where the request has none. Raises ValueError for anything else."""
+    """`extra_args[name]` as a `kind`, None where the request has none. HTTP sends JSON text, Arrow whole numbers as
+    floats: both are read. Raises ValueError for anything else."""
     params = (sampling_params.extra_args or {}).get(name)
     if params is None:
         return None
     try:
-        params = msgspec.convert(params, kind)
-    except msgspec.ValidationError as error:
+        params = msgspec.convert(_from_json(params), kind, strict=False)
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ValueError(f"extra_args[{name!r}]: {error}") from error
     if sampling_params.temperature != 0:
         raise ValueError(f"a request with extra_args[{name!r}] must be greedy (temperature 0)")
     return params
 
 
+def _from_json(params: Any) -> Any:
+    """`params`, or a list in it, may be JSON text."""
+    if isinstance(params, str):
+        params = msgspec.json.decode(params)
+    if not isinstance(params, dict):
+        return params
+    return {
+        key: msgspec.json.decode(value) if isinstance(value, str) and value.startswith("[") else value
+        for key, value in params.items()
+    }
+
+
 def new_row(name: str, kind: type) -> Callable[[SamplingParams, list[int] | None, list[int]], BatchRow | None]:
     """For vLLM's `process_dict_updates`: follows the requests with `extra_args[name]`."""
 
     def make(params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> BatchRow | None:
-        extra = (params.extra_args or {}).get(name)
-        if extra is None:
+        found = checked_params(params, name, kind)
+        if found is None:
             return None
         context_ids = prompt_ids or []
-        return BatchRow(msgspec.convert(extra, kind), len(context_ids), context_ids, output_ids)
+        return BatchRow(found, len(context_ids), context_ids, output_ids)
 
     return make

@@ -27,6 +27,8 @@ from agd_vllm.records import PreparedRow, RowRefused
 from agd_vllm.trace import Tracer
 
 CPU_MEMORY_SHARE = 1 / 8
+# Tokens of a step of an inline engine: the temporaries of its batch of prompts then stay in a CPU's cache.
+CPU_BATCH_TOKENS = 512
 # With something to run, an engine that gives no token at all for so long hangs.
 SILENCE_S = 900.0
 # The gate by vLLM's interface: Model Runner V2, or V1. What else a strategy may ask for serves both.
@@ -78,7 +80,14 @@ class Engine:
 
             self._llm = SteppedLLM(config, self._settings.cores)
         else:
-            self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
+            try:
+                self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
+            except Exception as error:
+                # vLLM says no more than that one of its processes failed.
+                self._receiver.drain()
+                if self._receiver.failure is None:
+                    raise
+                raise RuntimeError(self._receiver.failure) from error
         self.max_model_len: int = config.model_config.max_model_len
         self.max_sessions: int = config.scheduler_config.max_num_seqs
         self._admission = Admission(
@@ -125,6 +134,8 @@ class Engine:
         if settings.plain:
             # Nothing pauses.
             del args["async_scheduling"]
+            if on_cpu():
+                args["max_num_batched_tokens"] = CPU_BATCH_TOKENS
         args |= settings.engine_args
         if settings.processors and not settings.plain:
             # A pair of rows is resumed together: with it one of them would run ahead.

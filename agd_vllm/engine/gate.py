@@ -12,7 +12,7 @@ import torch
 from agd_vllm.engine.channel import SOCKET_VARIABLE, TRACE_VARIABLE, EngineStep, GateSender
 from agd_vllm.engine.gate_params import GateParams
 from agd_vllm.engine.gate_reports import gate_reports, report_sender
-from agd_vllm.engine.last_words import tell_last_words
+from agd_vllm.engine.last_words import report_failures
 from agd_vllm.engine.orphans import end_with_actor
 from agd_vllm.kernels.gate import gate
 from agd_vllm.kernels.to_device import to_device
@@ -29,7 +29,7 @@ class BatchGate:
         self._traced = TRACE_VARIABLE in os.environ
         self.set_rows([], [])
         end_with_actor()
-        tell_last_words(sender)
+        report_failures()
         self.begin()
 
     def begin(self) -> None:

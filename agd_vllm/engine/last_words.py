@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 
-from agd_vllm.engine.channel import GateSender
+from agd_vllm.engine.channel import SOCKET_VARIABLE, GateSender
 from agd_vllm.faults import reason
 
 
@@ -18,6 +19,9 @@ class _LastWords(logging.Handler):
             self._sender.send_failure(reason(record.exc_info[1]))
 
 
-def tell_last_words(sender: GateSender) -> None:
-    """Called in the process that samples: errors that vLLM logs with their exception go to the actor, too."""
-    logging.getLogger("vllm").addHandler(_LastWords(sender))
+def report_failures() -> None:
+    """Called in the process that loads and samples: errors that vLLM logs with their exception go to the actor, too, if
+    one listens."""
+    path = os.environ.get(SOCKET_VARIABLE)
+    if path:
+        logging.getLogger("vllm").addHandler(_LastWords(GateSender(path)))

@@ -68,7 +68,8 @@ class PlainRequest:
                 if reason := self._stops.add(token_id):
                     return Finished(reason)
             if completion.finish_reason is not None:
-                raise SessionFailed(f"vLLM ended the row early ({completion.finish_reason})")
+                said = completion.stop_reason or completion.finish_reason
+                raise SessionFailed(f"vLLM ended the row early ({said})")
         raise SessionFailed("vLLM closed the request")
 
     async def guided_steps(self) -> list[GuidedStep]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from vllm import SamplingParams
+from vllm.exceptions import VLLMClientError
 from vllm.outputs import RequestOutput
 
 # As vLLM's own engine process says what it dies of.
@@ -105,7 +106,7 @@ class SteppedLLM:
     def _add(self, engine: Any, request_id: str, prompt: Any, params: SamplingParams) -> None:
         try:
             engine.add_request(request_id, prompt, params)
-        except ValueError as error:
+        except (ValueError, VLLMClientError) as error:
             # The row's own fault: the engine goes on.
             self._loop.call_soon_threadsafe(self._put, request_id, error)
 

@@ -10,17 +10,22 @@ import msgspec
 from vllm import SamplingParams
 
 from agd_vllm.engine.batch_rows import checked_params
+from agd_vllm.engine.channel import MAX_TOP_K
 from agd_vllm.records import Roi, Span
 
 EXTRA_ARG = "agd_inline"
+MAX_KEY = 2**63 - 1
+# Of float32, in which weights are.
+MAX_WEIGHT = 3.4e38
 
 
 class InlineParams(msgspec.Struct, frozen=True):
     """What a request carries in `SamplingParams.extra_args["agd_inline"]`; requests without it are left untouched.
 
-    `key` names the row in reports. `rule` is the engine's. `salt` must be the prompt's `cache_salt`, too: cached blocks
-    hold the tangents of one region. `spans` are (start, end, weight), `heads` (layer, head). `repetition_penalty` is
-    applied before the gate: by vLLM's sampler on Model Runner V2, which is told of it, too, by our processor on V1.
+    `key` names the row in reports. `rule` is the engine's. `salt` becomes the prompt's `cache_salt`, whatever that was
+    (`scheduler`): cached blocks hold the tangents of one region. `spans` are (start, end, weight), `heads` (layer,
+    head). `repetition_penalty` is applied before the gate: by vLLM's sampler on Model Runner V2, which is told of it,
+    too, by our processor on V1.
     """
 
     key: int
@@ -63,11 +68,13 @@ def inline_params(sampling_params: SamplingParams) -> InlineParams | None:
     params = checked_params(sampling_params, EXTRA_ARG, InlineParams)
     if params is None:
         return None
-    if not params.tau >= 0 or params.top_k < 2 or not 0 <= params.min_prob <= 1:
-        raise ValueError("a gate needs tau >= 0, top_k >= 2 and 0 <= min_prob <= 1")
+    if not params.tau >= 0 or not 2 <= params.top_k <= MAX_TOP_K or not 0 <= params.min_prob <= 1:
+        raise ValueError(f"a gate needs tau >= 0, a top_k of 2 to {MAX_TOP_K} and 0 <= min_prob <= 1")
+    if not 0 <= params.key <= MAX_KEY:
+        raise ValueError(f"a key is a number from 0 to {MAX_KEY}")
     if not (params.repetition_penalty > 0 and math.isfinite(params.repetition_penalty)):
         raise ValueError("a repetition_penalty is a finite number above 0")
-    if any(not 0 <= start < end or not math.isfinite(weight) for start, end, weight in params.spans):
+    if any(not 0 <= start < end or not abs(weight) <= MAX_WEIGHT for start, end, weight in params.spans):
         raise ValueError("a span of the region is (start, end, weight) with 0 <= start < end and a finite weight")
     if not params.spans and not params.heads:
         raise ValueError("the request has no region: leave extra_args out for a greedy one")

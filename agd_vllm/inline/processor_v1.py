@@ -9,9 +9,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from agd_vllm.engine.penalty import penalize
-from agd_vllm.inline.arguments import rule_name
 from agd_vllm.inline.params import inline_params
-from agd_vllm.inline.runner import engine_params
 from agd_vllm.inline.runner_v1 import InlineRow, RunnerV1
 from agd_vllm.inline.selection import Selection
 
@@ -21,7 +19,6 @@ class InlineProcessorV1(LogitsProcessor):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
         self._runner = RunnerV1.of(vllm_config)
-        self._rule = rule_name(vllm_config)
         self._selection = Selection(device)
 
     @classmethod
@@ -40,7 +37,7 @@ class InlineProcessorV1(LogitsProcessor):
             self._selection.set_rows(indices, [rows[index].params for index in indices])
 
     def _new_row(self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> InlineRow | None:
-        found = engine_params(params, self._rule)
+        found = inline_params(params)
         return None if found is None else InlineRow.of(found, prompt_ids or [], output_ids)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:

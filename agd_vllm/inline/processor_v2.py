@@ -8,9 +8,7 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor, LogitsProcRequestState
 
-from agd_vllm.inline.arguments import rule_name
 from agd_vllm.inline.params import InlineParams, inline_params
-from agd_vllm.inline.runner import engine_params
 from agd_vllm.inline.runner_v2 import RunnerV2
 from agd_vllm.inline.selection import Selection
 
@@ -20,7 +18,6 @@ class InlineProcessorV2(LogitsProcessor):
 
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState):
         self._runner = RunnerV2.of(vllm_config)
-        self._rule = rule_name(vllm_config)
         self._selection = Selection(req_states.device)
         self._prompt_lens, self._prefill_lens = req_states.prompt_len.np, req_states.prefill_len.np
         self._slots: dict[int, InlineParams] = {}
@@ -32,7 +29,7 @@ class InlineProcessorV2(LogitsProcessor):
         inline_params(sampling_params)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        params = engine_params(sampling_params, self._rule)
+        params = inline_params(sampling_params)
         self._slots.pop(req_idx, None)
         if params is not None:
             self._slots[req_idx] = params

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from vllm import SamplingParams
 
 from agd_vllm.inline.attention import DualAttention
-from agd_vllm.inline.params import InlineParams, inline_params
-
-log = logging.getLogger("agd_vllm")
 
 # Where a runner's own object lies beside the layers in static_forward_context: vLLM filters that by type.
 NAME = "agd_vllm.inline"
@@ -37,12 +32,3 @@ class Runner(Protocol):
     def keep(self, tangents: torch.Tensor, unembedding: torch.Tensor) -> None:
         """Takes x' of the rows whose logits are made now, float32 [rows, d], and the unembedding [vocabulary, d]: for
         whoever chooses the tokens of these rows."""
-
-
-def engine_params(params: SamplingParams, rule: str) -> InlineParams | None:
-    """What a request says of its region, None where it has none, or where its rule is not the engine's."""
-    found = inline_params(params)
-    if found is not None and found.rule != rule:
-        log.error("a request of rule %s in an engine of rule %s is decoded greedily", found.rule, rule)
-        return None
-    return found

@@ -13,13 +13,13 @@ from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor, UvaBackedTensor
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from agd_vllm.attribution.regions import heads_by_layer, token_weights
-from agd_vllm.inline.arguments import rule_name
 from agd_vllm.inline.attention import DualAttention
-from agd_vllm.inline.params import InlineParams
-from agd_vllm.inline.runner import NAME, Step, engine_params
+from agd_vllm.inline.params import InlineParams, inline_params
+from agd_vllm.inline.runner import NAME, Step
 from agd_vllm.kernels import paged_attention_gpu
 from agd_vllm.kernels.paged_attention import PagedBatch
 from agd_vllm.kernels.paged_attention_gpu import GpuBatch
+from agd_vllm.kernels.to_device import to_device
 
 NO_SET = -1
 
@@ -65,7 +65,7 @@ class RunnerV2:
             members = torch.zeros(self._sets.shape[1:])
             for layer, indices in heads.items():
                 members[layer, indices] = 1
-            self._sets[row].copy_(members)
+            self._sets[row].copy_(to_device(members, self._sets.device))
             self._set_of_row.np[row] = row
 
     def apply_staged_writes(self) -> None:
@@ -120,14 +120,13 @@ class InlineState(DefaultModelState):
 
     def __init__(self, vllm_config: VllmConfig, model, encoder_cache, device: torch.device):
         super().__init__(vllm_config, model, encoder_cache, device)
-        self._rule = rule_name(vllm_config)
         self._runner = RunnerV2.of(vllm_config)
         self._runner.allocate(self.max_num_reqs, self.max_num_tokens, self.max_model_len, device)
 
     def add_request(self, req_index: int, new_req_data) -> None:
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
-        found = None if params is None else engine_params(params, self._rule)
+        found = None if params is None else inline_params(params)
         self._runner.enter(req_index, found, new_req_data.prompt_len)
 
     def apply_staged_writes(self) -> None:

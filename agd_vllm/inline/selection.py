@@ -11,7 +11,6 @@ import torch
 
 from agd_vllm.engine.channel import SOCKET_VARIABLE, TRACE_VARIABLE, EngineStep, GateSender, Sample
 from agd_vllm.engine.gate_reports import Deliver, report_sender
-from agd_vllm.engine.last_words import tell_last_words
 from agd_vllm.engine.orphans import ACTOR_VARIABLE, end_with_actor
 from agd_vllm.inline.params import InlineParams
 from agd_vllm.kernels.gate import gate
@@ -40,9 +39,7 @@ class Selection:
         path = os.environ.get(SOCKET_VARIABLE)
         self._reports: Deliver | None = None
         if path:
-            sender = GateSender(path)
-            tell_last_words(sender)
-            self._reports = report_sender(sample_reports(sender), device)
+            self._reports = report_sender(sample_reports(GateSender(path)), device)
         self._traced = TRACE_VARIABLE in os.environ
         if ACTOR_VARIABLE in os.environ:
             end_with_actor()

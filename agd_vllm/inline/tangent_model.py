@@ -10,12 +10,14 @@ from vllm.config import VllmConfig
 
 from agd_vllm.attribution.operations import Operations
 from agd_vllm.attribution.rules import ACTIVATIONS, RULES, Norm
+from agd_vllm.engine.last_words import report_failures
 from agd_vllm.inline import adapters
 from agd_vllm.inline.adapters import InlineLayer
 from agd_vllm.inline.arguments import rule_name
 from agd_vllm.inline.attention import DualAttention
 from agd_vllm.inline.runner import Runner
 from agd_vllm.inline.runner_v1 import RunnerV1
+from agd_vllm.inline.supported import check_config
 
 
 class TangentModel:
@@ -27,6 +29,8 @@ class TangentModel:
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        report_failures()
+        check_config(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = vllm_config.model_config.hf_config.get_text_config()
         self._rule = RULES[rule_name(vllm_config)]

@@ -25,11 +25,14 @@ from agd_vllm.pipeline.row_loop import decode_row
 from agd_vllm.pipeline.signals import heard_by_children
 from agd_vllm.pipeline.strategies import AGD, Strategy
 from agd_vllm.prompts.tokenizer import load_tokenizer
-from agd_vllm.records import DecodedRow, Gate, PreparedRow, Roi, RowRefused
-from agd_vllm.trace import Span, Tracer
+from agd_vllm.records import DecodedRow, Gate, PreparedRow, Roi, RowRefused, Span
+from agd_vllm.trace import Span as TraceSpan
+from agd_vllm.trace import Tracer
 
 POOL_DEADLINE_S = 600.0
 ENGINE_DEATH_S = 3.0
+# Of the row that an engine begins with: its tokens, and those of an inline engine's prompt, which is its region, too.
+FIRST_STEPS, FIRST_TOKENS = 2, 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ class Progress:
     waiting_for_attribution: int
     idle_seconds: float
     faults: list[Fault]
-    spans: list[Span]
+    spans: list[TraceSpan]
 
 
 class Replica:
@@ -111,10 +114,17 @@ class Replica:
         return ReplicaInfo(self._engine.max_model_len, self._engine.max_sessions, time.perf_counter() - begun)
 
     async def _take_first_steps(self) -> None:
-        """A model that vLLM loads and cannot run is found here: later on it would be the rows' fault."""
-        row = PreparedRow("first steps", [0], Roi(), max_tokens=2)
-        stops = StopCheck(row, frozenset(), self._tokenizer)
+        """A model that vLLM loads and cannot run is found here: later on it would be the rows' fault. What inline
+        attribution compiles when it is first used is compiled here, too, while no row waits."""
         try:
+            if self._strategy.inline:
+                tokens = min(FIRST_TOKENS, self._engine.max_model_len - FIRST_STEPS)
+                row = PreparedRow("first steps", [0] * tokens, Roi((Span(0, tokens),)), max_tokens=FIRST_STEPS)
+                common = (self._tokenizer, frozenset(), self._faults, self._strategy)
+                await decode_row(self._engine, None, row, *common)
+                return
+            row = PreparedRow("first steps", [0], Roi(), max_tokens=FIRST_STEPS)
+            stops = StopCheck(row, frozenset(), self._tokenizer)
             async with self._engine.session(row, self._model.pause_id is not None, stops) as session:
                 event = await session.next()
                 while isinstance(event, Gate):

@@ -13,8 +13,8 @@ from agd_vllm.engine.engine import CONTRAST_PROCESSOR, ENTROPY_PROCESSOR
 from agd_vllm.engine.events import Finished
 from agd_vllm.inline.arguments import PROCESSOR as INLINE_PROCESSOR
 from agd_vllm.inline.arguments import cache_planes
-from agd_vllm.inline.arguments import check_arguments as check_inline_arguments
 from agd_vllm.inline.arguments import engine_args as inline_engine_args
+from agd_vllm.inline.supported import check_arguments as check_inline_arguments
 from agd_vllm.models.gpu_memory import KEYS_AND_VALUES
 from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.pipeline.draws import Draws

@@ -9,7 +9,7 @@ import pytest
 
 from agd_vllm.engine import channel
 from agd_vllm.engine.channel import MAX_TOP_K, EngineStep, GateReceiver, GateSender, ReportsLost
-from agd_vllm.engine.last_words import tell_last_words
+from agd_vllm.engine.last_words import report_failures
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_entropies_of_many_rows_fit(receiver):
 
 
 def test_what_vllm_logs_with_its_exception_is_known_to_the_actor(receiver):
-    tell_last_words(GateSender(receiver.path))
+    report_failures()
     log = logging.getLogger("vllm.v1.engine.core")
     try:
         log.error("a message without one")

@@ -96,8 +96,7 @@ def main() -> None:
     engine_module.runs_v1 = lambda: True
     args = engine_args(job["model"], job.get("rule", "attnlrp"))
     args = {
-        key: args[key]
-        for key in ("model_class_overrides", "additional_config", "max_num_batched_tokens", "compilation_config")
+        key: args[key] for key in ("model_class_overrides", "additional_config", "compilation_config", "scheduler_cls")
     }
     engine = EngineThread(Path(job["model"]), (PROCESSOR,), plain=True, **args | job["engine_args"])
     config = engine.engine._llm.vllm_config

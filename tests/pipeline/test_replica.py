@@ -12,6 +12,7 @@ from agd_vllm.engine.settings import EngineSettings, GateSettings
 from agd_vllm.models.inspect import inspect_model
 from agd_vllm.pipeline import replica as replica_module
 from agd_vllm.pipeline.replica import EngineLost, Replica, RowFailed
+from agd_vllm.pipeline.strategies import InlineAgd
 from agd_vllm.records import PreparedRow, Roi
 
 
@@ -138,3 +139,19 @@ def test_rows_do_not_wait_for_their_workers_for_ever(replica, decoded_with, monk
         assert not decoded_with
 
     asyncio.run(scenario())
+
+
+def test_an_inline_engine_begins_with_a_prompt_that_is_a_region(replica, monkeypatch):
+    """So that what is compiled for prompts and regions is compiled before rows wait."""
+    rows = []
+
+    async def decode_row(engine, pool, row, tokenizer, eos_ids, faults, strategy):
+        rows.append(row)
+
+    monkeypatch.setattr(replica_module, "decode_row", decode_row)
+    replica._strategy = InlineAgd("attnlrp", 1.734, 5, 0.05)
+    for replica._engine.max_model_len, tokens in ((1024, 40), (16, 14)):
+        asyncio.run(replica._take_first_steps())
+        row = rows.pop()
+        assert (len(row.prompt_token_ids), row.max_tokens) == (tokens, 2)
+        assert [(span.start, span.end) for span in row.roi.spans] == [(0, tokens)]
