@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -60,10 +61,10 @@ def test_the_header_says_which_scorer_runs_and_no_worker_does(inline):
 @pytest.mark.parametrize(
     ("count", "runner"), [(6, {}), pytest.param(2, RUNNER_V2, marks=pytest.mark.long)], ids=["v1", "v2"]
 )
-def test_a_script_of_ones_own_gives_the_command_lines_tokens(inline, smollm2, tmp_path, count, runner):
-    """Two regions over the same prompts, in one batch, with the prefix cache on."""
+def test_a_script_of_ones_own_gives_the_command_lines_tokens_and_steps(inline, smollm2, tmp_path, count, runner):
+    """Two regions over the same prompts, in one batch, with the prefix cache on and no salts."""
     folder, _ = inline
-    rows, _ = decoded(folder / "out")
+    rows, steps = decoded(folder / "out")
     asked = conversations(count)
     job = {"model": str(smollm2), "rows": asked, "output": str(tmp_path / "tokens.json")}
     command = [sys.executable, str(CHECKOUT / "tests/inline/script.py")]
@@ -71,11 +72,29 @@ def test_a_script_of_ones_own_gives_the_command_lines_tokens(inline, smollm2, tm
     done = subprocess.run(command, input=json.dumps(job), env=environment, text=True, capture_output=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     answers = json.loads((tmp_path / "tokens.json").read_text())
-    for row, (token_ids, text) in zip(asked, answers, strict=True):
+    for row, (token_ids, text, guided) in zip(asked, answers, strict=True):
         assert token_ids == rows[row["id"]]["token_ids"]
         assert text == rows[row["id"]]["text"]
+        theirs = [steps[key] for key in sorted(steps) if key[0] == row["id"]]
+        assert [[step, chosen] for step, chosen, _ in guided] == [[step["step"], step["chosen_id"]] for step in theirs]
+        for (*_, scores), step in zip(guided, theirs, strict=True):
+            assert scores == pytest.approx(step["scores"], abs=1e-4 * max(map(abs, step["scores"])))
+    assert sum(len(guided) for *_, guided in answers) > 10
     halves = answers[:count], answers[count:]
     assert any(one[0] != other[0] for one, other in zip(*halves, strict=True)), "the regions make no difference"
+
+
+@pytest.mark.long
+def test_the_script_of_the_documentation_runs_as_it_stands(smollm2, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (CHECKOUT / "docs/inline.md").read_text(), re.DOTALL)
+    (tmp_path / "script.py").write_text(code.replace("path/or/hub-id", str(smollm2)))
+    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": str(CHECKOUT)}
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *_, last = done.stdout.splitlines()
+    # A guided step: its number and entropy, candidates, scores, the chosen token.
+    assert re.fullmatch(r"\d+ \S+ \[.*\] \[.*\] \d+", last), done.stdout
 
 
 def test_with_the_model_runner_of_gpus_it_decodes_the_same(inline, smollm2, tmp_path):
