@@ -118,7 +118,7 @@ class _Call:
         longest = min(batch.block_table.shape[1] * self.cache.shape[3], layer.window or tilings.NO_WINDOW)
         # Of both kinds the same, so that their sums are combined at once.
         splits = tilings.num_splits(launches[0][2] * layer.num_kv_heads, longest, processors)
-        # What the splits of a query have summed up: rows of values, then l, sum c and m.
+        # What the splits of a query have summed up: rows of values, then l, sum c (of r = 0) and m.
         sums = numbers = self.queries
         if splits > 1:
             sums = self.queries.new_empty(rows, splits, layer.num_heads, 2, layer.head_dim, dtype=torch.float32)

@@ -1,12 +1,13 @@
 """The kernels of `paged_attention_gpu`: values and tangents together, in pages of a cache.
 
 One pass over K, V, K', V' in the manner of FlashAttention (arXiv 2205.14135): with p = exp(s - m) for the running
-maximum m of the scores s, and c = (f / h) p s' for the tangent, each query carries the numbers l = sum p and sum c and
-the rows sum p v and sum (p v' + c v), all of them rescaled when m grows. In the end
+maximum m of the scores s and t = (f / h) s' for the tangent, each query carries the numbers l = sum p and r and the
+rows sum p v and sum (p v' + c v) with c = p (t - r), all but r rescaled when m grows. In the end, for any r,
 
     o = sum p v / l,    o' = h (sum (p v' + c v) / l - (sum c / l) o)
 
 which is `rules.attention`: o' = h a v' + f a (s' - sum a s') v. A head of the region is a component itself: o' += o.
+r is the mean of t under p so far: sum c is 0, and no offset of all t is in c when it is rounded for its product with v.
 Grids and addresses depend on the size of a batch only, never on the lengths of its sequences, so that a CUDA graph of
 them holds for every batch of that size.
 """
@@ -51,7 +52,7 @@ def _over_keys(
     ratio,
     m,
     total,
-    total_c,
+    mean,
     sum_v,
     sum_t,
     MASKED: tl.constexpr,
@@ -89,16 +90,20 @@ def _over_keys(
         total = total * shrink + tl.sum(p, 1)
         v = _rows(keys + STREAMS * of_plane, known, MASKED, D, BLOCK_D)
         v_tangent = _rows(keys + (STREAMS + 1) * of_plane, known, MASKED, D, BLOCK_D)
-        weights = p.to(TYPE)
-        sum_v = _dot(weights, v, sum_v * shrink[:, None], INTERPRETED)
-        sum_t = _dot(weights, v_tangent, sum_t * shrink[:, None], INTERPRETED)
+        sum_v, sum_t = sum_v * shrink[:, None], sum_t * shrink[:, None]
         if STREAMS > 1:
             k_tangent = _rows(keys + of_plane, known, MASKED, D, BLOCK_D)
             change = _dot(q, tl.trans(k_tangent), _dot(q_tangent, tl.trans(k), nothing, INTERPRETED), INTERPRETED)
-            c = p * change * ratio
-            total_c = total_c * shrink + tl.sum(c, 1)
-            sum_t = _dot(c.to(TYPE), v, sum_t, INTERPRETED)
-    return m, total, total_c, sum_v, sum_t
+            change = change * ratio - mean[:, None]
+            # Where a key has been seen, `total` is 1 at least: the highest score's p.
+            step = tl.sum(p * change, 1) / tl.maximum(total, 1.0)
+            mean += step
+            sum_t -= step[:, None] * sum_v
+            sum_t = _dot((p * (change - step[:, None])).to(TYPE), v, sum_t, INTERPRETED)
+        weights = p.to(TYPE)
+        sum_v = _dot(weights, v, sum_v, INTERPRETED)
+        sum_t = _dot(weights, v_tangent, sum_t, INTERPRETED)
+    return m, total, mean, sum_v, sum_t
 
 
 @triton.jit
@@ -206,7 +211,7 @@ def attend(
 
         m = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
-        total_c = tl.zeros([ROWS], tl.float32)
+        mean = tl.zeros([ROWS], tl.float32)
         sum_v = tl.zeros([ROWS, BLOCK_D], tl.float32)
         sum_t = tl.zeros([ROWS, BLOCK_D], tl.float32)
         # Whole blocks of keys for each split; what the first query sees is seen by all, but for a window.
@@ -217,27 +222,28 @@ def attend(
         last = tl.minimum(first + share, end)
         if not WINDOW:
             whole = tl.minimum(last, (lowest + 1) // KEYS * KEYS)
-            m, total, total_c, sum_v, sum_t = _over_keys(
+            m, total, mean, sum_v, sum_t = _over_keys(
                 first, whole, oldest, position, window, q, q_tangent, cache, pages, of_block, of_plane, of_token, ratio,
-                m, total, total_c, sum_v, sum_t, False, STREAMS, SIZE, KEYS, INTERPRETED, TYPE, D, BLOCK_D,
+                m, total, mean, sum_v, sum_t, False, STREAMS, SIZE, KEYS, INTERPRETED, TYPE, D, BLOCK_D,
             )  # fmt: skip
             first = tl.maximum(first, whole)
-        m, total, total_c, sum_v, sum_t = _over_keys(
+        m, total, mean, sum_v, sum_t = _over_keys(
             first, last, oldest, position, window, q, q_tangent, cache, pages, of_block, of_plane, of_token, ratio,
-            m, total, total_c, sum_v, sum_t, True, STREAMS, SIZE, KEYS, INTERPRETED, TYPE, D, BLOCK_D,
+            m, total, mean, sum_v, sum_t, True, STREAMS, SIZE, KEYS, INTERPRETED, TYPE, D, BLOCK_D,
         )  # fmt: skip
 
         if SPLIT:
             part = ((token - first_row).to(tl.int64) * tl.num_programs(2) + split) * heads + head
             to = sums + part[:, None] * (2 * D) + columns[None, :]
             tl.store(to, sum_v, mask=loaded)
-            tl.store(to + D, sum_t, mask=loaded)
+            # The mean is this split's own: what is added up over splits are the sums of r = 0.
+            tl.store(to + D, sum_t + mean[:, None] * sum_v, mask=loaded)
             tl.store(numbers + 3 * part, total, mask=there)
-            tl.store(numbers + 3 * part + 1, total_c, mask=there)
+            tl.store(numbers + 3 * part + 1, mean * total, mask=there)
             tl.store(numbers + 3 * part + 2, m, mask=there)
         else:
             value = sum_v / total[:, None]
-            change = value_factor * (sum_t - total_c[:, None] * value) / total[:, None]
+            change = value_factor * sum_t / total[:, None]
             change += _component(sets, set_of, token, head, of_set, there)[:, None] * value
             tl.store(out + at, value.to(out.dtype.element_ty), mask=loaded)
             tl.store(out + stream + at, change.to(out.dtype.element_ty), mask=loaded)

@@ -1,6 +1,6 @@
 """Random paged sequences with their next queries, keys and values: what kernels of paged attention are compared on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -94,6 +94,28 @@ def make_case(
     qkv = torch.randn(2 * rows, (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim).mul(2).to(dtype)
     qkv.view(2, rows, -1)[:, rows - padding :] = float("nan")
     return Case(layer, PagedBatch(table, lengths, counts, slots, positions, parts), cache, qkv)
+
+
+def make_offset_case(deviations: float, window: int | None, sequences=((60, 1), (17, 1), (13, 30))) -> Case:
+    """A bfloat16 cache; the tangents of a query's scores share an offset of so many of their standard deviations.
+
+    Queries and keys are not rotated, and all inputs are bfloat16 numbers, so that no implementation rounds them.
+    """
+    layer = make_layer(group=2, window=window)
+    layer.rope[:, :32], layer.rope[:, 32:] = 1, 0
+    case = make_case(layer, sequences, dtype=F32, cache_dtype=BF16)
+    heads = case.qkv.view(2, len(case.batch.slots), -1, layer.head_dim)
+    # A query's 8 times 3 is one standard deviation of the scores' tangents.
+    heads[0, :, : layer.num_heads, 0] = 8
+    heads[1, :, layer.num_heads : -layer.num_kv_heads, 0] += 3 * deviations
+    case.cache[:, :, 1, :, 0] += 3 * deviations
+    return replace(case, qkv=case.qkv.bfloat16().float())
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Of the tangents of an attention, all together."""
+    difference, tangent = (ours - theirs).chunk(2)[1], theirs.chunk(2)[1]
+    return float(difference.norm() / tangent.norm())
 
 
 def gpu_batch(case: Case, mixed: bool = False):

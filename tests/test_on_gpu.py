@@ -11,7 +11,7 @@ import pytest
 import stream_checks as checks
 import torch
 import torch.nn.functional as F
-from paged_cases import gpu_batch, make_case, make_layer
+from paged_cases import gpu_batch, make_case, make_layer, make_offset_case, relative_error
 
 from agd_vllm.attribution import paged_twin
 from agd_vllm.attribution.forward import ForwardScorer
@@ -86,6 +86,17 @@ def test_attention_equals_its_twin(rule, window, head_dim):
     for one, other, bound in ((ours, theirs, 2**-5), (cache, twin, 2**-7)):
         largest = bound * float(other.float().nan_to_num().abs().max())
         torch.testing.assert_close(one.cpu().float(), other.float(), rtol=bound, atol=largest, equal_nan=True)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("deviations", [0, 3, 10, 30])
+def test_an_offset_of_all_scores_tangents_costs_no_precision(deviations, window):
+    torch.manual_seed(0)
+    case = make_offset_case(deviations, window, [(2000, 1), (5, 1), (900, 33), (0, 700)])
+    theirs, _ = case.attend(paged_twin.attend)
+    batch, cache = on_gpu(gpu_batch(case)), case.cache.to(CUDA)
+    ours = paged_attention_gpu.attend(on_gpu(case.layer), batch, 1, cache, case.qkv.to(CUDA))
+    assert relative_error(ours.cpu(), theirs) < 5e-3
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_cases import BF16, F32, Case, make_case, make_layer
+from paged_cases import BF16, F32, Case, make_case, make_layer, make_offset_case, relative_error
 
 from agd_vllm.attribution import paged_twin
 from agd_vllm.attribution.rules import RULES
@@ -128,6 +128,15 @@ def test_scores_of_any_size_are_safe():
     case.qkv[:, : 2 * 64] *= 1e3
     (ours, _), (theirs, _) = case.attend(), case.attend(paged_twin.attend)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("deviations", [0, 3, 10, 30])
+def test_an_offset_of_all_scores_tangents_costs_no_precision(deviations, window):
+    torch.manual_seed(0)
+    case = make_offset_case(deviations, window)
+    (ours, _), (theirs, _) = case.attend(), case.attend(paged_twin.attend)
+    assert relative_error(ours, theirs) < 1e-5
 
 
 def test_what_does_not_fit_is_refused():

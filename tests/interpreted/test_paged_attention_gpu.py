@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_cases import BF16, F32, gpu_batch, make_case, make_layer
+from paged_cases import BF16, F32, gpu_batch, make_case, make_layer, make_offset_case, relative_error
 
 from agd_vllm.attribution import paged_twin
 from agd_vllm.attribution.rules import RULES
@@ -74,6 +74,18 @@ def test_bfloat16(rule, window):
     torch.manual_seed(0)
     case = make_case(make_layer(rule, 2, 3, 64, window), [(70, 1), (77, 3), (0, 40)], dtype=BF16)
     assert_as_twin(case, tolerance=2**-5, cache_tolerance=2**-7)
+
+
+@pytest.mark.parametrize("deviations", [0, 3, 10, 30])
+@pytest.mark.parametrize(("window", "splits"), [(None, 1), (None, 3), (40, 2)])
+def test_an_offset_of_all_scores_tangents_costs_no_precision(monkeypatch, window, splits, deviations):
+    """It cancels in the result, so it must not be in the weights that are rounded to bfloat16."""
+    monkeypatch.setattr(tilings, "num_splits", lambda *_: splits)
+    torch.manual_seed(0)
+    case = make_offset_case(deviations, window)
+    theirs, _ = case.attend(paged_twin.attend)
+    ours, _ = replace(case, batch=gpu_batch(case)).attend(paged_attention_gpu.attend)
+    assert relative_error(ours, theirs) < 5e-3
 
 
 def test_more_heads_in_a_group_than_rows_in_a_tile():
