@@ -22,7 +22,7 @@ from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMClientError
 from vllm.inputs import TokensPrompt
 
-from agd_vllm.inline import engine_args
+from agd_vllm.inline import Reports, engine_args
 from agd_vllm.inline.params import EXTRA_ARG, inline_params_of, region_salt
 from agd_vllm.records import Roi, Span
 
@@ -187,6 +187,12 @@ def fuzz(engine: Engine, objects: list[Any]) -> dict[str, int]:
 
 def main() -> None:
     job = json.load(sys.stdin)
+    # Somebody listens, so that reports are made, too.
+    with Reports():
+        answer(job)
+
+
+def answer(job: dict[str, Any]) -> None:
     engine = Engine(job["model"])
     config = engine.llm.llm_engine.vllm_config
     answers = {"v2": config.use_v2_model_runner, "async": config.scheduler_config.async_scheduling}
