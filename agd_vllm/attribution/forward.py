@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from agd_vllm.attribution.regions import check_roi
 from agd_vllm.attribution.tangent_cache import CachedSequence, TangentCache, prefix_digests
 from agd_vllm.attribution.tangent_pass import TangentPass
 from agd_vllm.models.architectures import longest_sequence
+from agd_vllm.models.host import memory_bytes
 from agd_vllm.records import ScoreRequest
 
 PASS_TOKENS = 512
@@ -211,10 +211,10 @@ class ForwardScorer:
 
 
 def default_cache_bytes(device: torch.device) -> int:
-    """An eighth of the device's memory."""
+    """An eighth of the device's memory, of a machine what a container may use of it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 8
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+    return memory_bytes() // 8
 
 
 def _common_length(one: Sequence[int], other: Sequence[int]) -> int:

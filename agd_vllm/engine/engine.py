@@ -12,8 +12,6 @@ from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import psutil
-
 from agd_vllm.engine.admission import Admission
 from agd_vllm.engine.arguments import gpus_per_engine
 from agd_vllm.engine.channel import TRACE_VARIABLE, EngineStep, GateReceiver
@@ -22,6 +20,7 @@ from agd_vllm.engine.gpu import check_gpu
 from agd_vllm.engine.hold import HELD_WORKER, Hold
 from agd_vllm.engine.occupancy import Occupancy
 from agd_vllm.engine.settings import EngineSettings, GateSettings
+from agd_vllm.models.host import memory_bytes
 from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.records import PreparedRow, RowRefused
 from agd_vllm.trace import Tracer
@@ -130,7 +129,7 @@ class Engine:
             # All of them are this actor's; within a placement group vLLM would ask Ray for others.
             args["distributed_executor_backend"] = "mp"
         if on_cpu() and "gpu_memory_utilization" not in settings.engine_args:
-            args["kv_cache_memory_bytes"] = int(psutil.virtual_memory().total * CPU_MEMORY_SHARE)
+            args["kv_cache_memory_bytes"] = int(memory_bytes() * CPU_MEMORY_SHARE)
         if settings.plain:
             # Nothing pauses.
             del args["async_scheduling"]

@@ -16,6 +16,7 @@ import ray
 
 from agd_vllm.attribution.worker import AttributionSettings, AttributionWorker
 from agd_vllm.engine.settings import EngineSettings, GateSettings
+from agd_vllm.models.host import usable_cores
 from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.pipeline.cores import split_cores
 from agd_vllm.pipeline.replica import Replica
@@ -64,8 +65,9 @@ def connect(demand: Demand, debug: bool) -> Cluster:
 def _init(address: str, demand: Demand, debug: bool) -> None:
     options: dict[str, Any] = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
     if address == "local":
-        # A CPU more than there are cores only lets more actors share them; threads are split elsewhere.
-        options |= {"num_cpus": max(os.cpu_count() or 1, demand.actors), "include_dashboard": False}
+        # Ray keeps a process for each. One more than there are cores only lets more actors share them; threads are
+        # split elsewhere.
+        options |= {"num_cpus": max(usable_cores(), demand.actors), "include_dashboard": False}
     with not_for_children(), _signal_handlers_kept():
         ray.init(address=address, **options)
 
