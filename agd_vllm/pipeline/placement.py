@@ -19,6 +19,7 @@ from agd_vllm.engine.settings import EngineSettings, GateSettings
 from agd_vllm.models.host import usable_cores
 from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.pipeline.cores import split_cores
+from agd_vllm.pipeline.ray_token import provide_token
 from agd_vllm.pipeline.replica import Replica
 from agd_vllm.pipeline.signals import not_for_children
 from agd_vllm.pipeline.strategies import Strategy
@@ -68,6 +69,7 @@ def _init(address: str, demand: Demand, debug: bool) -> None:
         # Ray keeps a process for each. One more than there are cores only lets more actors share them; threads are
         # split elsewhere.
         options |= {"num_cpus": max(usable_cores(), demand.actors), "include_dashboard": False}
+        provide_token()
     with not_for_children(), _signal_handlers_kept():
         ray.init(address=address, **options)
 
