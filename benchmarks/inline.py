@@ -40,7 +40,7 @@ from agd_vllm.models.gpu_memory import KEYS_AND_VALUES
 from agd_vllm.records import DecodedRow, InputRow, PreparedRow, Roi, Span
 from benchmarks import random_model
 from benchmarks.machine import write_result
-from benchmarks.plain import Job, PlainVLLM, side_by_side
+from benchmarks.plain import REST_S, Job, PlainVLLM, side_by_side
 
 RULE = "attnlrp"
 TOP_K, MIN_PROB = 5, 0.05
@@ -212,6 +212,7 @@ def _continuous(_context: click.Context, _parameter: click.Parameter, value: str
 @click.option("--tau", type=float, default=1.734, show_default=True)
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), default="bfloat16", show_default=True)
 @click.option("--runs", type=int, default=3, show_default=True)
+@click.option("--rest", type=float, default=REST_S, show_default=True, help="Seconds before and after a turn.")
 @click.option("--max-model-len", type=int, default=2048, show_default=True)
 @click.option("--pool", is_flag=True, help="The worker pool, too.")
 @click.option("--own-process", is_flag=True, help="Engines in processes of their own, as on a GPU, on a CPU, too.")
@@ -228,6 +229,7 @@ def main(
     tau,
     dtype,
     runs,
+    rest,
     max_model_len,
     pool,
     own_process,
@@ -256,7 +258,7 @@ def main(
         longest = max(len(row.prompt_token_ids) for row in prepared)
         tokens = max(work.side_by_side * (longest + work.longest + work.prompt + SLACK_PER_ROW) for work in points)
         tokens = max(tokens, max_model_len + SLACK_PER_ROW)
-        common = {"dtype": dtype, "max_model_len": max_model_len, "enable_prefix_caching": False}
+        common = {"dtype": dtype, "max_model_len": max_model_len, "enable_prefix_caching": False, "rest": rest}
         beside = [
             common | side_by_side(cache_bytes(path, tokens, planes, dtype))
             for planes in (KEYS_AND_VALUES, cache_planes(RULE))

@@ -45,11 +45,19 @@ def side_by_side(cache_bytes: int) -> dict[str, Any]:
 class PlainVLLM:
     """Greedy decoding by vLLM alone. `cores` (CPU only): those that its threads run on, None leaves it to vLLM.
     `own_process`: whether its engine has a process of its own, as by default, or is stepped by the caller's, which is
-    faster on a CPU.
+    faster on a CPU. `rest`: seconds before and after each job.
     """
 
-    def __init__(self, model: str, cores: list[int] | None = None, own_process: bool = True, **engine_args: Any):
+    def __init__(
+        self,
+        model: str,
+        cores: list[int] | None = None,
+        own_process: bool = True,
+        rest: float = REST_S,
+        **engine_args: Any,
+    ):
         assert torch.cuda.memory_reserved() == 0, "this process holds memory of the GPU that its engines need"
+        self._rest = rest
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, model, cores, own_process, engine_args))
@@ -64,10 +72,10 @@ class PlainVLLM:
 
         The engine gets all rows at once, or so many `side_by_side`: the next one when one of these ends.
         """
-        time.sleep(REST_S)
+        time.sleep(self._rest)
         self._connection.send((job, side_by_side))
         answer = self._receive()
-        time.sleep(REST_S)
+        time.sleep(self._rest)
         return answer
 
     def _receive(self) -> Any:
