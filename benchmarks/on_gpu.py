@@ -34,6 +34,7 @@ import psutil
 import torch
 
 from benchmarks import random_model
+from benchmarks.machine import gpu_names
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 # Of a stage's output, what its JSON has where it failed.
@@ -250,13 +251,6 @@ def write_rows(source: Path, target: Path, count: int, new: int) -> None:
     target.write_text("\n".join(lines) + "\n")
 
 
-def device_name() -> str:
-    """Of a process of its own: this one keeps no CUDA context beside its stages."""
-    name = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU')"
-    done = subprocess.run([sys.executable, "-c", name], check=True, stdout=subprocess.PIPE, text=True)
-    return done.stdout.strip()
-
-
 @click.command(help=__doc__)
 @click.option("--model", required=True, type=click.Path(exists=True, file_okay=False, resolve_path=True))
 @click.option("--input", "input_path", required=True, type=click.Path(exists=True, dir_okay=False, resolve_path=True))
@@ -276,7 +270,7 @@ def main(model, input_path, shape, out, budget, done, only_list):
         return
     out.mkdir(parents=True, exist_ok=True)
     described = {
-        "device": device_name(),
+        "device": ", ".join(gpu_names()) or "CPU",
         "model": shape or Path(model).name,
         "date": datetime.date.today().isoformat(),
     }

@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 from conftest import CHECKOUT, DEMO_ROWS
 
-from benchmarks import inline, plain, random_model
+from benchmarks import inline, machine, plain, random_model
 
 POINTS = ["--rows", "3", "--new", "8", "--prompt", "0", "--rows", "2", "--new", "4", "--prompt", "30"]
 
@@ -162,3 +162,12 @@ def test_engines_do_not_start_beside_memory_of_the_caller(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 15 << 30)
     with pytest.raises(AssertionError, match="holds memory of the GPU"):
         plain.PlainVLLM("nothing")
+
+
+def test_gpus_are_named_by_a_process_that_ends(monkeypatch):
+    """Points are written while engines run: the benchmark's own process has no context of CUDA's beside them."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", None)
+    machine.gpu_names.cache_clear()
+    assert machine.gpu_names() == []  # as many as that process sees
+    machine.gpu_names.cache_clear()
