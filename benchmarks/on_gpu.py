@@ -59,6 +59,11 @@ class Stage:
     def filled(self, **words: str) -> list[list[str]]:
         return [[word.format(**words) for word in shlex.split(command)] for command in self.commands]
 
+    def shown(self, model: str, input_path: str) -> list[str]:
+        """Its commands, whatever machine they run on."""
+        words = {"python": "python", "scratch": "SCRATCH", "model": model, "input": input_path}
+        return [shlex.join(command) for command in self.filled(**words)]
+
 
 SMOKE = "import sys, ray, vllm; from benchmarks.machine import write_result; write_result(sys.argv[1], {{}})"
 PYTEST = "{python} -m pytest --noconftest -q -p no:cacheprovider"
@@ -146,18 +151,22 @@ def run(stage: Stage, out: Path, environment: dict[str, str], described: dict[st
     exits = [None if running and each.returncode == -signal.SIGKILL else each.returncode for each in started]
     outputs = [log.read_text(errors="replace").splitlines()[-LAST_LINES:] for log in logs]
     ok = not any(code != 0 for code in exits)
+    # What was there when it failed, too.
+    result = _read(scratch / stage.result) if stage.result else [lines[-1:] for lines in outputs]
+    if stage.reads_model and isinstance(result, dict):
+        # The folder of random weights has gone by the time that this is read.
+        result |= {"model": described["model"]}
     found = {
         "stage": stage.name,
         "ok": ok,
         "timed_out": running,
         "seconds": round(time.monotonic() - begun, 1),
         "limit": stage.seconds,
-        "commands": [shlex.join(command) for command in commands],
+        "commands": stage.shown(described["model"], Path(words["input"]).name),
         # None: ended by its limit.
         "exits": exits,
         **described,
-        # What was there when it failed, too.
-        "result": _read(scratch / stage.result) if stage.result else [lines[-1:] for lines in outputs],
+        "result": result,
         "output": None if ok else outputs,
     }
     (out / f"{stage.name}.json").write_text(json.dumps(found, indent=2) + "\n")
@@ -261,21 +270,19 @@ def write_rows(source: Path, target: Path, count: int, new: int) -> None:
 @click.option("--list", "only_list", is_flag=True, help="Show the stages, their limits and commands.")
 def main(model, input_path, shape, out, budget, done, only_list):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    stages, words = stages_of(device), {"python": sys.executable, "input": input_path}
+    stages = stages_of(device)
     if only_list:
         for stage in stages:
             click.echo(f"{stage.name}, {stage.seconds:g} s")
-            for command in stage.filled(**words, scratch="SCRATCH", model=shape or model):
-                click.echo(f"    {shlex.join(command)}")
+            for command in stage.shown(shape or model, input_path):
+                click.echo(f"    {command}")
         return
     out.mkdir(parents=True, exist_ok=True)
-    described = {
-        "device": ", ".join(gpu_names()) or "CPU",
-        "model": shape or Path(model).name,
-        "date": datetime.date.today().isoformat(),
-    }
+    name, today = ", ".join(gpu_names()) or "CPU", datetime.date.today().isoformat()
+    described = {"device": name, "model": shape or Path(model).name, "date": today}
     with contextlib.ExitStack() as stack:
-        words["scratch"] = scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        words = {"python": sys.executable, "input": input_path, "scratch": scratch}
         write_rows(Path(input_path), Path(scratch) / "rows.jsonl", *POOL[device])
         folders: list[str] = []
 
