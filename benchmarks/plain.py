@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import select
@@ -44,10 +45,19 @@ def side_by_side(cache_bytes: int) -> dict[str, Any]:
 class PlainVLLM:
     """Greedy decoding by vLLM alone. `cores` (CPU only): those that its threads run on, None leaves it to vLLM.
     `own_process`: whether its engine has a process of its own, as by default, or is stepped by the caller's, which is
-    faster on a CPU.
+    faster on a CPU. `rest`: seconds before and after each job.
     """
 
-    def __init__(self, model: str, cores: list[int] | None = None, own_process: bool = True, **engine_args: Any):
+    def __init__(
+        self,
+        model: str,
+        cores: list[int] | None = None,
+        own_process: bool = True,
+        rest: float = REST_S,
+        **engine_args: Any,
+    ):
+        assert torch.cuda.memory_reserved() == 0, "this process holds memory of the GPU that its engines need"
+        self._rest = rest
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, model, cores, own_process, engine_args))
@@ -57,12 +67,15 @@ class PlainVLLM:
         self.pid = self._process.pid
         self._receive()
 
-    def generate(self, job: Job) -> tuple[int, float, int]:
-        """Tokens, seconds and guided steps of a job. Rests before and after."""
-        time.sleep(REST_S)
-        self._connection.send(job)
+    def generate(self, job: Job, side_by_side: int | None = None) -> tuple[int, float, int]:
+        """Tokens, seconds and guided steps of a job. Rests before and after.
+
+        The engine gets all rows at once, or so many `side_by_side`: the next one when one of these ends.
+        """
+        time.sleep(self._rest)
+        self._connection.send((job, side_by_side))
         answer = self._receive()
-        time.sleep(REST_S)
+        time.sleep(self._rest)
         return answer
 
     def _receive(self) -> Any:
@@ -110,6 +123,22 @@ class _Listener:
         return steps
 
 
+def _continuously(llm: Any, prompts: list[Any], params: list[Any], side_by_side: int) -> list[Any]:
+    """Outputs in the order of the prompts, of which so many are decoded at a time."""
+    from vllm.sampling_params import RequestOutputKind
+
+    outputs: dict[str, Any] = {}
+    waiting = iter(zip(prompts, params, strict=True))
+    while len(outputs) < len(prompts):
+        running = llm.llm_engine.get_num_unfinished_requests()
+        for prompt, given in itertools.islice(waiting, side_by_side - running):
+            # As `LLM.generate` has it.
+            given.output_kind = RequestOutputKind.FINAL_ONLY
+            llm.llm_engine.add_request(str(next(llm.request_counter)), prompt, given)
+        outputs |= {output.request_id: output for output in llm.llm_engine.step() if output.finished}
+    return [outputs[request_id] for request_id in sorted(outputs, key=int)]
+
+
 def _serve(
     connection: Connection, model: str, cores: list[int] | None, own_process: bool, engine_args: dict[str, Any]
 ) -> None:
@@ -122,7 +151,8 @@ def _serve(
     listener = _Listener()
     llm = LLM(model, disable_log_stats=True, **engine_args)
     connection.send("ready")
-    while (job := connection.recv()) is not None:
+    while (asked := connection.recv()) is not None:
+        job, side_by_side = asked
         keys = listener.follow([given for _, given in job])
         salts = [given.pop("cache_salt", None) for _, given in job]
         prompts = [TokensPrompt(prompt_token_ids=ids) for ids, _ in job]
@@ -131,7 +161,10 @@ def _serve(
                 prompt["cache_salt"] = salt
         params = [SamplingParams(temperature=0.0, **given) for _, given in job]
         begun = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
+        if side_by_side is None:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+        else:
+            outputs = _continuously(llm, prompts, params, side_by_side)
         seconds = time.perf_counter() - begun
         ids = [list(output.outputs[0].token_ids) for output in outputs]
         connection.send((sum(map(len, ids)), seconds, listener.guided(keys, ids)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -86,7 +87,7 @@ def of_shape(model: str, shape: str | None) -> Iterator[str]:
         yield model
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield str(write(SHAPES[shape], Path(folder) / shape, model))
+        yield _write_apart(shape, Path(folder) / shape, model)
 
 
 @contextmanager
@@ -96,4 +97,14 @@ def demo_or(model: str | None, shape: str | None) -> Iterator[str]:
         yield model or str(demo.fetch(demo.DEMO_MODEL, Path(".cache/models") / demo.DEMO_MODEL))
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield str(write(SHAPES[shape], Path(folder) / shape))
+        yield _write_apart(shape, Path(folder) / shape)
+
+
+def _write_apart(shape: str, folder: Path, tokenizer: str | None = None) -> str:
+    """`write` in a process that ends: of a GPU's memory nothing is left to the caller, who starts engines there."""
+    process = multiprocessing.get_context("spawn").Process(target=write, args=(SHAPES[shape], folder, tokenizer))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError("the random weights could not be written; what went wrong stands above")
+    return str(folder)

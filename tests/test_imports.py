@@ -1,6 +1,9 @@
 """Imports run one way: by wing, and by module without a circle, those inside functions and for type checkers too."""
 
 import ast
+import os
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -126,3 +129,12 @@ def test_a_circle_is_found(tmp_path):
     (tmp_path / "agd_vllm/engine/reports.py").write_text("def f():\n    from agd_vllm.engine.gate import Gate")
     (fault,) = faults(tmp_path)
     assert fault.startswith("a circle: ")
+
+
+def test_what_runs_on_a_gpu_without_vllm_does_not_import_it():
+    """In the way of pytest --noconftest: with `tests/` on the path."""
+    program = "import sys; sys.modules['vllm'] = None; import benchmarks.kernels, test_on_gpu"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(CHECKOUT), str(CHECKOUT / "tests")))}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]

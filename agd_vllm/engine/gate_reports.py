@@ -6,13 +6,16 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from agd_vllm.engine.channel import EngineStep, GateSender, Report
-from agd_vllm.engine.gate_params import GateParams
 from agd_vllm.kernels.gate_decision import GateDecision
+
+if TYPE_CHECKING:
+    # It imports vLLM, which the tests of a GPU's kernels and copies do without.
+    from agd_vllm.engine.gate_params import GateParams
 
 log = logging.getLogger("agd_vllm")
 
