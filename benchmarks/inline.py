@@ -33,6 +33,7 @@ import torch
 from transformers import AutoConfig
 
 from agd_vllm import Decoder
+from agd_vllm.engine.engine import CPU_BATCH_TOKENS
 from agd_vllm.inline import engine_args
 from agd_vllm.inline.arguments import cache_planes
 from agd_vllm.input.reader import read_rows
@@ -52,8 +53,8 @@ POINTS = {
 # Rows, and how many of them side by side; new tokens of the shortest and the longest.
 CONTINUOUS = {"cpu": None, "cuda": (256, 64)}
 LENGTHS = {"cpu": (8, 32), "cuda": (32, 512)}
-# A batch of prompts whose temporaries stay in a CPU's cache.
-OWN_ARGS = {"cpu": {"max_num_batched_tokens": 512}, "cuda": {}}
+# As `decode` has it.
+OWN_ARGS = {"cpu": {"max_num_batched_tokens": CPU_BATCH_TOKENS}, "cuda": {}}
 # Two turns agree; a machine whose turns never do is measured all the same.
 AGREE, MOST_WARM_UPS = 0.05, 5
 _keys = itertools.count(1)
@@ -95,7 +96,7 @@ def job_of(prompts: list[tuple[list[int], Roi]], lengths: list[int], tau: float 
         params: dict[str, Any] = {"max_tokens": new, "ignore_eos": True}
         if tau is not None:
             inline = inline_params_of(roi, next(_keys), RULE, tau, TOP_K, MIN_PROB)
-            params |= {"extra_args": inline.as_extra_args(), "cache_salt": inline.salt}
+            params["extra_args"] = inline.as_extra_args()
         job.append((ids, params))
     return job
 

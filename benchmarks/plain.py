@@ -6,8 +6,6 @@ import contextlib
 import itertools
 import multiprocessing
 import os
-import select
-import threading
 import time
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -16,12 +14,6 @@ from typing import Any
 import psutil
 import torch
 
-from agd_vllm.engine.channel import GateReceiver
-
-# The extra argument of inline attribution (agd_vllm.inline.params, which imports vLLM).
-INLINE = "agd_inline"
-# What was reported last is taken by then.
-REPORTS_S = 0.1
 SHUTDOWN_S = 20
 # On a CPU vLLM's worker spins for a second or two after its last step; whoever has the next turn on its core waits that
 # long.
@@ -31,7 +23,7 @@ REST_S = 0.0 if torch.cuda.is_available() else 3.0
 GPU_MEMORY_UTILIZATION = 0.3
 
 Job = list[tuple[list[int], dict[str, Any]]]
-"""Prompt token ids and sampling parameters; `cache_salt` among these is the prompt's."""
+"""Prompt token ids and sampling parameters."""
 
 
 def side_by_side(cache_bytes: int) -> dict[str, Any]:
@@ -97,32 +89,6 @@ class PlainVLLM:
                 process.kill()
 
 
-class _Listener:
-    """Takes what inline attribution reports of rows with a key, so that it costs what it costs in a run."""
-
-    def __init__(self):
-        self._receiver = GateReceiver(lambda step: None)
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def _listen(self) -> None:
-        while select.select([self._receiver.fileno()], [], []):
-            self._receiver.drain()
-
-    def follow(self, params: list[dict[str, Any]]) -> list[int]:
-        keys = [inline["key"] for each in params if (inline := each.get("extra_args", {}).get(INLINE))]
-        for key in keys:
-            self._receiver.follow(key)
-        return keys
-
-    def guided(self, keys: list[int], outputs: list[list[int]]) -> int:
-        """Guided steps of the rows of these keys."""
-        time.sleep(REPORTS_S)
-        steps = sum(len(self._receiver.guided_steps(key, ids)) for key, ids in zip(keys, outputs, strict=bool(keys)))
-        for key in keys:
-            self._receiver.forget(key)
-        return steps
-
-
 def _continuously(llm: Any, prompts: list[Any], params: list[Any], side_by_side: int) -> list[Any]:
     """Outputs in the order of the prompts, of which so many are decoded at a time."""
     from vllm.sampling_params import RequestOutputKind
@@ -148,18 +114,19 @@ def _serve(
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
-    listener = _Listener()
+    from agd_vllm.inline import Reports
+
+    # As inline attribution's engines have them: reports cost what they cost in a run.
+    reports = Reports()
     llm = LLM(model, disable_log_stats=True, **engine_args)
     connection.send("ready")
     while (asked := connection.recv()) is not None:
         job, side_by_side = asked
-        keys = listener.follow([given for _, given in job])
-        salts = [given.pop("cache_salt", None) for _, given in job]
         prompts = [TokensPrompt(prompt_token_ids=ids) for ids, _ in job]
-        for prompt, salt in zip(prompts, salts, strict=True):
-            if salt:
-                prompt["cache_salt"] = salt
         params = [SamplingParams(temperature=0.0, **given) for _, given in job]
+        for each in params:
+            if each.extra_args:
+                reports.follow(each)
         begun = time.perf_counter()
         if side_by_side is None:
             outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -167,5 +134,8 @@ def _serve(
             outputs = _continuously(llm, prompts, params, side_by_side)
         seconds = time.perf_counter() - begun
         ids = [list(output.outputs[0].token_ids) for output in outputs]
-        connection.send((sum(map(len, ids)), seconds, listener.guided(keys, ids)))
+        guided = sum(
+            len(reports.guided_steps(each, row)) for each, row in zip(params, ids, strict=True) if each.extra_args
+        )
+        connection.send((sum(map(len, ids)), seconds, guided))
     llm.llm_engine.engine_core.shutdown()

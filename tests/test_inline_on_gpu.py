@@ -2,15 +2,12 @@
 that compiled and captured they score as the twin does on a CPU."""
 
 import random
-import select
-import threading
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from agd_vllm.attribution.forward import ForwardScorer
-from agd_vllm.engine.channel import GateReceiver
 from agd_vllm.records import Roi, ScoreRequest, Span
 from benchmarks.random_model import SHAPES, SIGMA
 
@@ -37,15 +34,10 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def reports():
-    """Taken while vLLM decodes: the socket's queue holds a few."""
-    receiver = GateReceiver(lambda step: None)
+    from agd_vllm.inline import Reports
 
-    def listen() -> None:
-        while select.select([receiver.fileno()], [], []):
-            receiver.drain()
-
-    threading.Thread(target=listen, daemon=True).start()
-    return receiver
+    with Reports() as reports:
+        yield reports
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +76,7 @@ def rows(seed: int) -> list[Row]:
     return found
 
 
-def decode(llm, reports: GateReceiver, given: list[Row], first_key: int) -> list[tuple[list[int], list]]:
+def decode(llm, reports, given: list[Row], first_key: int) -> list[tuple[list[int], list]]:
     """Tokens and guided steps of each row, of which every step is gated."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
@@ -94,21 +86,16 @@ def decode(llm, reports: GateReceiver, given: list[Row], first_key: int) -> list
     prompts, params = [], []
     for key, (ids, roi) in enumerate(given, start=first_key):
         asked = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
-        prompt = TokensPrompt(prompt_token_ids=ids)
         if roi:
-            reports.follow(key)
-            inline = inline_params_of(roi, key, "attnlrp", 0.0, TOP_K, 0.0)
-            asked.extra_args, prompt["cache_salt"] = inline.as_extra_args(), inline.salt
-        prompts.append(prompt)
+            asked.extra_args = inline_params_of(roi, key, "attnlrp", 0.0, TOP_K, 0.0).as_extra_args()
+            reports.follow(asked)
+        prompts.append(TokensPrompt(prompt_token_ids=ids))
         params.append(asked)
     outputs = [list(output.outputs[0].token_ids) for output in llm.generate(prompts, params, use_tqdm=False)]
-    # The last reports may come after the last tokens.
-    threading.Event().wait(2)
-    keys = range(first_key, first_key + len(given))
-    steps = [
-        reports.guided_steps(key, ids) if roi else [] for key, ids, (_, roi) in zip(keys, outputs, given, strict=True)
+    return [
+        (ids, reports.guided_steps(asked, ids) if roi else [])
+        for ids, asked, (_, roi) in zip(outputs, params, given, strict=True)
     ]
-    return list(zip(outputs, steps, strict=True))
 
 
 def test_steps_neither_wait_nor_compile_and_score_as_the_twin(llm, model, reports):
