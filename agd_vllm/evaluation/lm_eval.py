@@ -10,11 +10,13 @@ or empty, has an empty answer; how many there are, and why, is said before anyth
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -52,6 +54,7 @@ class AGDModel(LM):
         self, pretrained: str, batch_size: Any = None, max_batch_size: Any = None, device: Any = None, **options: Any
     ):
         super().__init__()
+        self.tasks: Sequence[tuple[str, Any]] = ()
         try:
             self._options = DecoderOptions(model=pretrained, **typed_options(options, refused=("model",)))
             self._tokenizer = Decoder(options=self._options).tokenizer
@@ -61,8 +64,11 @@ class AGDModel(LM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The answers, in the order of the requests; empty ones for those that cannot be decoded.
 
-        Raises RequestRefused for settings that guided decoding cannot serve, and where no request can be decoded.
+        Raises RequestRefused for settings that guided decoding cannot serve, where no request can be decoded, and where
+        a task of the same evaluation scores likelihoods.
         """
+        if scoring := self._scoring_likelihoods():
+            raise _no_likelihoods(scoring)
         rows = [self._row(number, *request.args) for number, request in enumerate(requests)]
         decoder = Decoder(options=self._options)
         failures = _Failures(len(rows))
@@ -82,12 +88,17 @@ class AGDModel(LM):
         return answers
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise RequestRefused(
-            "no likelihoods: AGD selects tokens and leaves the model's probabilities "
-            "as they are; choose tasks of output_type generate_until, or score likelihoods with --model vllm"
-        )
+        raise _no_likelihoods(self._scoring_likelihoods())
 
     loglikelihood_rolling = loglikelihood
+
+    def _scoring_likelihoods(self) -> list[str]:
+        """The tasks with such requests; a task's requests may be of both kinds, so its output_type does not tell."""
+        return [
+            name
+            for name, task in self.tasks
+            if any(request.request_type != "generate_until" for request in task.instances)
+        ]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> Chat:
         """Messages as they are: the template is applied where regions are mapped to tokens. A last message of the
@@ -123,6 +134,40 @@ class AGDModel(LM):
         if self._options.roi is None and self._options.roi_heads is None:
             row["roi"] = [_region(row)]
         return row
+
+
+def _no_likelihoods(tasks: Sequence[str]) -> RequestRefused:
+    return RequestRefused(
+        "no likelihoods: AGD selects tokens and leaves the model's probabilities "
+        "as they are; choose tasks of output_type generate_until, or score likelihoods with --model vllm"
+        + (f" (asked for by {', '.join(tasks)})" if tasks else "")
+    )
+
+
+def _telling_the_tasks(evaluate: Any) -> Any:
+    """lm-eval's `evaluate`, with the model told of all tasks: it is asked for one kind of requests after the other, and
+    would refuse likelihoods once everything else is decoded."""
+
+    @functools.wraps(evaluate)
+    def telling(lm: Any, task_dict: Mapping[Any, Any], *args: Any, **kwargs: Any) -> Any:
+        model = getattr(lm, "lm", lm)  # --use_cache wraps it
+        if not isinstance(model, AGDModel):
+            return evaluate(lm, task_dict, *args, **kwargs)
+        model.tasks = list(_flat(task_dict.get("tasks", task_dict)))
+        try:
+            return evaluate(lm, task_dict, *args, **kwargs)
+        finally:
+            model.tasks = ()
+
+    return telling
+
+
+def _flat(tasks: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for name, task in tasks.items():
+        yield from _flat(task) if isinstance(task, Mapping) else [(name, task)]
+
+
+evaluator.evaluate = _telling_the_tasks(evaluator.evaluate)
 
 
 def _region(row: dict[str, Any]) -> dict[str, Any]:

@@ -64,6 +64,59 @@ def test_likelihoods_are_refused_in_one_line(monkeypatch, capsys, tmp_path, smol
     assert capsys.readouterr().err.splitlines()[-1].startswith("agd-vllm: no likelihoods: AGD selects tokens")
 
 
+BOTH = """
+import yaml
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
+
+
+class Both(ConfigurableTask):
+    def __init__(self, config=None):
+        super().__init__(config=yaml.safe_load(open(__file__.replace("both.py", "capitals.yaml"))) | {"task": "both"})
+
+    def construct_requests(self, doc, ctx, apply_chat_template=False, chat_template=None, **kwargs):
+        return [
+            Instance("generate_until", doc, (ctx, {"until": ["."]}), 0, **kwargs),
+            Instance("loglikelihood", doc, (ctx, " Paris"), 0, **kwargs),
+        ]
+"""
+
+
+@pytest.mark.parametrize(
+    ("tasks", "named", "cached"),
+    [
+        ("capitals,scored", "scored", False),
+        ("mixed", "scored", True),
+        ("capitals,choice,rolling", "choice, rolling", False),
+        ("both", "both", False),
+    ],
+)
+def test_a_task_of_likelihoods_beside_others_is_refused_before_anything_is_decoded(
+    monkeypatch, capsys, tmp_path, smollm2, tasks, named, cached
+):
+    arguments = command_line(tmp_path, smollm2)
+    arguments[arguments.index("--tasks") + 1] = tasks
+    if cached:
+        arguments += ["--use_cache", str(tmp_path / "cache")]
+    kinds = {"scored": "loglikelihood", "choice": "multiple_choice", "rolling": "loglikelihood_rolling"}
+    for name, kind in kinds.items():
+        task = TASK.format(data=tmp_path / "rows.jsonl", output_type=kind).replace("task: capitals", f"task: {name}")
+        choices = "doc_to_choice: [Paris, Rome]\n" if name == "choice" else ""
+        (tmp_path / f"{name}.yaml").write_text(task + choices)
+    (tmp_path / "mixed.yaml").write_text("group: mixed\ntask: [capitals, scored]\n")
+    (tmp_path / "both.py").write_text(BOTH)
+    (tmp_path / "both.yaml").write_text("task: both\nclass: !function both.Both\n")
+    engines = _Decodes(monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["agd-vllm"])
+    with pytest.raises(SystemExit) as ended:
+        main(["lm-eval", *arguments])
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("agd-vllm: no likelihoods: AGD selects tokens")
+    assert line.endswith(f"(asked for by {named})")
+    assert not engines.started
+
+
 @pytest.fixture(scope="module")
 def model(smollm2):
     return AGDModel(str(smollm2), batch_size=1, device="cpu", tau="0.5")
