@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from agd_vllm.evaluation.outcomes import Outcome, read_outcomes
 from agd_vllm.evaluation.passes import forward_passes
 from agd_vllm.evaluation.scoring import Scores, check_metadata, score
-from agd_vllm.evaluation.strategies import Strategy
+from agd_vllm.evaluation.strategies import Strategy, reference
 from agd_vllm.evaluation.suites import Row, read_suite
 from agd_vllm.evaluation.table import markdown, record
 from agd_vllm.input.schema import row_id
@@ -68,12 +68,11 @@ def evaluate(
     scores = score(outcomes)
     say("── perplexity of the answers")
     perplexities, dtype = _perplexities(options, outcomes)
-    greedy = next((strategy.name for strategy in strategies if strategy.options.strategy == "greedy"), None)
     records = [
         record(
             strategy.name,
-            scores.rows[strategy.name],
-            scores.rows[greedy] if greedy is not None and strategy.name != greedy else None,
+            scores.rows,
+            reference(strategies),
             outcomes[strategy.name],
             {
                 "relevance": strategy.options.strategy == "agd",

@@ -1,7 +1,8 @@
 """AGD as a model of lm-eval: any of its generation tasks under attribution-guided decoding.
 
 `agd-vllm lm-eval` is lm-eval's own command with this model known to it: lm-eval (0.4) looks for no models in other
-packages. `model_args` are the options of `agd-vllm decode` ('-' as '_').
+packages. `model_args` are the options of `agd-vllm decode` ('-' as '_') and vLLM's engine arguments, as lm-eval's own
+vLLM model takes them.
 
 The region, where no `roi` is given: the system message of a chat, the last user message of a chat without one, the
 whole of a prompt without a chat template. A request that cannot be decoded, because it is longer than the model takes
@@ -10,24 +11,32 @@ or empty, has an empty answer; how many there are, and why, is said before anyth
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
+from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from agd_vllm.engine.arguments import OWN
 from agd_vllm.evaluation.strategies import typed_options
 from agd_vllm.input.reader import check_rows
+from agd_vllm.input.schema import MEANINGLESS, NEUTRAL
 from agd_vllm.pipeline.decoder import Decoder
+from agd_vllm.pipeline.engines import Engines
 from agd_vllm.pipeline.options import DecoderOptions
 from agd_vllm.records import InputRow, RowError, RowRefused
 
-# Generation settings that mean nothing where nothing is drawn.
-MEANINGLESS = ("top_p", "top_k", "min_p", "seed")
+# Generation settings that tasks spell out at the value that changes nothing, beside those of rows.
+UNCHANGING = NEUTRAL | {"num_beams": 1, "num_return_sequences": 1}
+# Options by the names that lm-eval's vLLM model has for them.
+RENAMED = {"max_length": "max_model_len", "max_gen_toks": "max_tokens"}
 SHOWN_FAILURES = 3
 
 log = logging.getLogger("agd_vllm")
@@ -43,7 +52,8 @@ class Chat(str):
 
 @register_model("agd-vllm")
 class AGDModel(LM):
-    """`pretrained` and, as `options`, fields of DecoderOptions; lm-eval's batch sizes and device have no use here.
+    """`pretrained` and, as `options`, fields of DecoderOptions or of vLLM's AsyncEngineArgs; lm-eval's batch sizes and
+    device have no use here.
 
     Engines and workers are started for each call of `generate_until`, which lm-eval makes once for all its tasks.
     """
@@ -52,8 +62,9 @@ class AGDModel(LM):
         self, pretrained: str, batch_size: Any = None, max_batch_size: Any = None, device: Any = None, **options: Any
     ):
         super().__init__()
+        self.tasks: Sequence[tuple[str, Any]] = ()
         try:
-            self._options = DecoderOptions(model=pretrained, **typed_options(options, refused=("model",)))
+            self._options = DecoderOptions(model=pretrained, **_decoder_options(options))
             self._tokenizer = Decoder(options=self._options).tokenizer
         except ValueError as error:
             raise RequestRefused(f"model_args: {error}") from error
@@ -61,33 +72,71 @@ class AGDModel(LM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The answers, in the order of the requests; empty ones for those that cannot be decoded.
 
-        Raises RequestRefused for settings that guided decoding cannot serve, and where no request can be decoded.
+        Raises RequestRefused for settings that guided decoding cannot serve, where no request can be decoded, and where
+        a task of the same evaluation scores likelihoods.
         """
-        rows = [self._row(number, *request.args) for number, request in enumerate(requests)]
-        decoder = Decoder(options=self._options)
-        failures = _Failures(len(rows))
-        usable = list(_usable(rows, decoder, failures))
+        if scoring := self._scoring_likelihoods():
+            raise _no_likelihoods(scoring)
+        by_penalty: dict[float, list[dict[str, Any]]] = {}
+        for number, request in enumerate(requests):
+            by_penalty.setdefault(self._penalty(request.args[1]), []).append(self._row(number, *request.args))
+        decoders = {penalty: self._decoder(penalty) for penalty in by_penalty}
+        failures = _Failures(len(requests))
+        usable = {penalty: list(_usable(by_penalty[penalty], decoders[penalty], failures)) for penalty in by_penalty}
         failures.say("cannot be decoded")
-        if rows and not usable:
-            raise RequestRefused(f"none of the {len(rows)} requests can be decoded; {failures.reasons()}")
-        answers = [""] * len(rows)
-        late = _Failures(len(rows))
-        if usable:
-            with decoder:
-                for row in decoder.decode(usable, on_error=late.add):
-                    answers[int(row.id)] = row.text
-                    # At once, so that lm-eval's cache has it whatever becomes of the others.
-                    self.cache_hook.add_partial("generate_until", requests[int(row.id)].args, row.text)
-            late.say("could not be decoded")
+        if requests and not any(usable.values()):
+            raise RequestRefused(f"none of the {len(requests)} requests can be decoded; {failures.reasons()}")
+        answers = [""] * len(requests)
+        late = _Failures(len(requests))
+        with Engines() as engines:
+            for penalty, rows in usable.items():
+                if not rows:
+                    continue
+                with engines.serving(decoders[penalty]):
+                    self._decode(decoders[penalty], rows, late, requests, answers)
+        late.say("could not be decoded")
         return answers
 
+    def _decode(
+        self,
+        decoder: Decoder,
+        rows: list[dict[str, Any]],
+        failures: _Failures,
+        requests: list[Instance],
+        answers: list[str],
+    ) -> None:
+        """Decodes the rows of a penalty and puts their answers in their places."""
+        for row in decoder.decode(rows, on_error=failures.add):
+            answers[int(row.id)] = row.text
+            # At once, so that lm-eval's cache has it whatever becomes of the others.
+            self.cache_hook.add_partial("generate_until", requests[int(row.id)].args, row.text)
+
+    def _penalty(self, settings: Mapping[str, Any]) -> float:
+        """The request's own repetition penalty, else the model's; the decoder has one for all its rows."""
+        given = settings.get("repetition_penalty")
+        try:
+            return self._options.repetition_penalty if given is None else float(given)
+        except (TypeError, ValueError) as error:
+            raise RequestRefused(f"repetition_penalty {given!r}: must be a number (--gen_kwargs)") from error
+
+    def _decoder(self, penalty: float) -> Decoder:
+        try:
+            return Decoder(options=replace(self._options, repetition_penalty=penalty))
+        except ValueError as error:
+            raise RequestRefused(f"generation settings: {error}") from error
+
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise RequestRefused(
-            "no likelihoods: AGD selects tokens and leaves the model's probabilities "
-            "as they are; choose tasks of output_type generate_until, or score likelihoods with --model vllm"
-        )
+        raise _no_likelihoods(self._scoring_likelihoods())
 
     loglikelihood_rolling = loglikelihood
+
+    def _scoring_likelihoods(self) -> list[str]:
+        """The tasks with such requests; a task's requests may be of both kinds, so its output_type does not tell."""
+        return [
+            name
+            for name, task in self.tasks
+            if any(request.request_type != "generate_until" for request in task.instances)
+        ]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> Chat:
         """Messages as they are: the template is applied where regions are mapped to tokens. A last message of the
@@ -113,9 +162,14 @@ class AGDModel(LM):
             "max_tokens": generation.pop("max_gen_toks"),
             "stop": [stop for stop in generation.pop("until") if stop],
         }
-        unknown = [key for key in generation if key not in (*MEANINGLESS, "temperature")]
-        if unknown:
-            raise RequestRefused(f"agd-vllm knows no generation setting {', '.join(unknown)}; take it out")
+        unserved = [
+            f"{key}={value!r}"
+            for key, value in generation.items()
+            if key not in (*MEANINGLESS, "temperature", "repetition_penalty")
+            and not (key in UNCHANGING and value in (None, UNCHANGING[key]))
+        ]
+        if unserved:
+            raise RequestRefused(f"agd-vllm cannot serve the generation setting {', '.join(unserved)}; take it out")
         if isinstance(context, Chat):
             row["messages"] = json.loads(context)
         else:
@@ -123,6 +177,60 @@ class AGDModel(LM):
         if self._options.roi is None and self._options.roi_heads is None:
             row["roi"] = [_region(row)]
         return row
+
+
+def _decoder_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of DecoderOptions; vLLM's engine arguments among them become its `engine_args`. Raises ValueError."""
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        field = RENAMED.get(name, name)
+        if field != name and field in given:
+            raise ValueError(f"{name} and {field} are the same; leave one out")
+        options[field] = value
+    engine_args = {}
+    if options.keys() - {field.name for field in fields(DecoderOptions)}:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        known = {field.name for field in fields(AsyncEngineArgs)} - {field.name for field in fields(DecoderOptions)}
+        engine_args = {name: options.pop(name) for name in known - OWN.keys() if name in options}
+    typed = typed_options(options, refused=("model",))
+    if twice := engine_args.keys() & typed.get("engine_args", {}).keys():
+        raise ValueError(f"{', '.join(sorted(twice))}: in engine_args, too; leave one out")
+    return typed | {"engine_args": typed.get("engine_args", {}) | engine_args}
+
+
+def _no_likelihoods(tasks: Sequence[str]) -> RequestRefused:
+    return RequestRefused(
+        "no likelihoods: AGD selects tokens and leaves the model's probabilities "
+        "as they are; choose tasks of output_type generate_until, or score likelihoods with --model vllm"
+        + (f" (asked for by {', '.join(tasks)})" if tasks else "")
+    )
+
+
+def _telling_the_tasks(evaluate: Any) -> Any:
+    """lm-eval's `evaluate`, with the model told of all tasks: it is asked for one kind of requests after the other, and
+    would refuse likelihoods once everything else is decoded."""
+
+    @functools.wraps(evaluate)
+    def telling(lm: Any, task_dict: Mapping[Any, Any], *args: Any, **kwargs: Any) -> Any:
+        model = getattr(lm, "lm", lm)  # --use_cache wraps it
+        if not isinstance(model, AGDModel):
+            return evaluate(lm, task_dict, *args, **kwargs)
+        model.tasks = list(_flat(task_dict.get("tasks", task_dict)))
+        try:
+            return evaluate(lm, task_dict, *args, **kwargs)
+        finally:
+            model.tasks = ()
+
+    return telling
+
+
+def _flat(tasks: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for name, task in tasks.items():
+        yield from _flat(task) if isinstance(task, Mapping) else [(name, task)]
+
+
+evaluator.evaluate = _telling_the_tasks(evaluator.evaluate)
 
 
 def _region(row: dict[str, Any]) -> dict[str, Any]:

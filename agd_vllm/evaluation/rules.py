@@ -8,6 +8,8 @@ says so.
 from __future__ import annotations
 
 import importlib
+import json
+import random
 import re
 import sys
 import types
@@ -47,7 +49,7 @@ def check_rule(id: str, kwargs: Mapping[str, Any]) -> None:
     """Raises RuleUnusable for a rule that `followed` could not check."""
     rule = _rule(id)
     try:
-        with _offline():
+        with _offline(), _draws_of(id, kwargs):
             rule.build_description(**kwargs)
     except Exception as error:  # checkers have no errors of their own
         raise RuleUnusable(f"rule {id} does not take {dict(kwargs)}: {type(error).__name__}: {error}") from error
@@ -56,7 +58,7 @@ def check_rule(id: str, kwargs: Mapping[str, Any]) -> None:
 def followed(id: str, kwargs: Mapping[str, Any], answer: str) -> bool:
     """Whether `answer` keeps the rule. Raises DataMissing, and whatever a checker that trips over an answer raises."""
     rule = _rule(id)
-    with _offline():
+    with _offline(), _draws_of(id, kwargs):
         rule.build_description(**kwargs)
         try:
             # An answer of nothing keeps no rule, in the benchmarks' own loops too.
@@ -112,6 +114,18 @@ def _imported(module: str) -> types.ModuleType:
         raise RuleUnusable(
             f"the checkers need {error.name}, which is not installed: pip install 'agd-vllm[eval]'"
         ) from error
+
+
+@contextmanager
+def _draws_of(id: str, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """A checker draws the arguments that it misses or does not take (a letter "!"): by rule and arguments here, so
+    that an answer always scores the same. A seed that is text does not depend on the process, as hash() would."""
+    state = random.getstate()
+    random.seed(f"{id} {json.dumps(kwargs, sort_keys=True)}")
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 @contextmanager

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from agd_vllm.pipeline.options import INLINE, DecoderOptions
-from agd_vllm.pipeline.strategies import Agd
+from agd_vllm.pipeline.strategies import Agd, Greedy
 
 # What is the whole evaluation's, not a strategy's: quality is measured under one model, and the rest is its output.
 NOT_A_KEY = ("model", "strategy", "engine_args", "chat_template_kwargs", "log_json", "trace", "debug")
@@ -46,6 +46,13 @@ def parse_strategies(text: str, options: DecoderOptions) -> list[Strategy]:
     if options.attribution_workers is not None and all(strategy.options.inline for strategy in found.values()):
         raise ValueError("--attribution-workers: every strategy attributes inline, without workers; leave it out")
     return list(found.values())
+
+
+def reference(strategies: Sequence[Strategy]) -> str:
+    """The name of the strategy that the others are compared with: plain `greedy`, whatever else decodes greedily, or
+    the first one."""
+    names = [strategy.name for strategy in strategies]
+    return Greedy.name if Greedy.name in names else names[0]
 
 
 def _parse(item: str, options: DecoderOptions) -> Strategy:

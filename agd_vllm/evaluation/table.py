@@ -15,23 +15,29 @@ Rows = Mapping[str, Scored]
 
 
 def record(
-    strategy: str, rows: Rows, greedy: Rows | None, outcomes: Mapping[str, Outcome], run: Mapping[str, Any]
+    strategy: str,
+    scored: Mapping[str, Rows],
+    reference: str,
+    outcomes: Mapping[str, Outcome],
+    run: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """One object of table.json: accuracies, their differences to `greedy`, quality and speed.
+    """One object of table.json: accuracies, their differences to those of strategy `reference`, quality and speed.
 
-    `rows` are the scored rows, `outcomes` all decoded ones, `run` what the caller measured (`failed`, `perplexity`,
-    `tokens_per_second`, `forward_passes`) and whether its steps' scores are relevance (`relevance`). Shares of nothing
-    are null.
+    `scored` are every strategy's scored rows, `outcomes` all that this one decoded, `run` what the caller measured
+    (`failed`, `perplexity`, `tokens_per_second`, `forward_passes`) and whether its steps' scores are relevance
+    (`relevance`). Shares of nothing are null, and so are the reference's differences.
     """
+    rows = scored[strategy]
     rules = [rule for row in rows.values() for rule in row.rules]
     exact = [row.exact_match for row in rows.values() if row.exact_match is not None]
     lengths = [len(outcome.token_ids) for outcome in outcomes.values()]
     steps = [step for outcome in outcomes.values() for step in outcome.steps]
     accuracy = _mean([row.all_kept for row in rows.values()])
     repetition = _mean([repetition_rate(outcome.token_ids) for outcome in outcomes.values()])
-    prompt, instruction = _differences(rows, greedy) if greedy is not None else (None, None)
+    prompt, instruction = _differences(rows, scored[reference]) if strategy != reference else (None, None)
     return {
         "strategy": strategy,
+        "reference": reference,
         "rows": len(outcomes),
         "failed": run["failed"],
         "scored_rows": len(rows),
@@ -53,10 +59,10 @@ def record(
     }
 
 
-def _differences(rows: Rows, greedy: Rows) -> tuple[Interval | None, Interval | None]:
+def _differences(rows: Rows, reference: Rows) -> tuple[Interval | None, Interval | None]:
     """Prompt-level and instruction-level difference over the rows that both have decoded."""
-    both = [id for id in rows if id in greedy]
-    ours, theirs = [rows[id] for id in both], [greedy[id] for id in both]
+    both = [id for id in rows if id in reference]
+    ours, theirs = [rows[id] for id in both], [reference[id] for id in both]
     return (
         paired_difference([r.all_kept for r in ours], [r.all_kept for r in theirs], [1] * len(both)),
         paired_difference(
@@ -104,8 +110,8 @@ COLUMNS = {
     "prompt_accuracy": "prompt acc.",
     "instruction_accuracy": "instr. acc.",
     "exact_match": "exact match",
-    "difference": "prompt acc. - greedy [95 %]",
-    "instruction_difference": "instr. acc. - greedy [95 %]",
+    "difference": "prompt acc. - {reference} [95 %]",
+    "instruction_difference": "instr. acc. - {reference} [95 %]",
     "perplexity": "perplexity",
     "repetition_rate": "repetition",
     "composite": "composite",
@@ -126,7 +132,8 @@ _PLAIN = {
 
 def markdown(title: str, records: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:
     """Two tables, strategies and kinds of rules, and what must be known to read them."""
-    shown = {key: name for key, name in COLUMNS.items() if any(record[key] is not None for record in records)}
+    named = {key: name.format(reference=records[0]["reference"]) for key, name in COLUMNS.items()}
+    shown = {key: name for key, name in named.items() if any(record[key] is not None for record in records)}
     parts = [f"# {title}", _table(list(shown.values()), [[_cell(r, key) for key in shown] for r in records])]
     kinds = dict.fromkeys(kind for record in records for kind in record["kinds"])
     rows = [[kind, *(_kept(record["kinds"].get(kind)) for record in records)] for kind in kinds]

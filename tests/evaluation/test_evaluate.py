@@ -15,6 +15,8 @@ from command_line import fails, run
 from conftest import CHECKOUT
 from transformers import AutoModelForCausalLM
 
+from agd_vllm.evaluation import evaluate as evaluation
+from agd_vllm.evaluation.outcomes import Outcome
 from agd_vllm.steering.vector_file import SteeringVectors, write_vectors
 
 SYSTEM = "Use no commas. Answer in at least three words."
@@ -133,6 +135,51 @@ def test_strategies_that_can_share_an_engine_load_it_once_and_decode_the_same(tm
 
 def tokens(folder):
     return {row["id"]: row["token_ids"] for row in pq.read_table(folder / "results").to_pylist()}
+
+
+PENALISED = "greedy:repetition-penalty=1.3"
+
+
+@pytest.mark.parametrize(
+    ("strategies", "reference"),
+    [
+        ([PENALISED, "greedy", "agd"], "greedy"),
+        (["agd", PENALISED, "greedy"], "greedy"),
+        ([PENALISED, "agd"], PENALISED),
+        (["agd", PENALISED], "agd"),
+        (["greedy"], "greedy"),
+    ],
+)
+def test_differences_are_to_plain_greedy_or_to_the_first_strategy(
+    monkeypatch, capsys, tmp_path, smollm2, data, strategies, reference
+):
+    # Rows 2 and 3 are questions; each strategy answers another number of them.
+    right = {PENALISED: [], "greedy": ["row-2"], "agd": ["row-2", "row-3"]}
+    folders = {re.sub("[^A-Za-z0-9]", "-", name): ids for name, ids in right.items()}
+    answers = {"row-2": "Paris", "row-3": "Shakespeare"}
+    metadata = {row["id"]: row["metadata"] for row in ROWS}
+
+    def outcomes(output, _ids):
+        kept = folders[Path(output).name]
+        return {id: Outcome(id, text if id in kept else "?", [0], [1], metadata[id]) for id, text in answers.items()}
+
+    monkeypatch.setattr(evaluation, "run_dataset", lambda *_: 0)
+    monkeypatch.setattr(evaluation, "read_outcomes", outcomes)
+    monkeypatch.setattr(evaluation.RunReader, "parameters", lambda _: {"tokens_per_second": 1.0})
+    monkeypatch.setattr(evaluation, "_perplexities", lambda *_: (dict.fromkeys(right, 1.0), "float32"))
+    arguments = ["evaluate", "--suite", "jsonl", "--data", data, "--model", str(smollm2)]
+    arguments += ["--strategies", ",".join(strategies), "--output", str(tmp_path / "out")]
+    assert run(capsys, *arguments)[0] == 0
+    records = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [record["reference"] for record in records] == [reference] * len(strategies)
+    for record in records:
+        name = record["strategy"]
+        expected = None if name == reference else (len(right[name]) - len(right[reference])) / 2
+        assert (record["difference"], record["instruction_difference"]) == (expected, expected)
+    header = (tmp_path / "out" / "table.md").read_text().splitlines()[2]
+    others = len(strategies) > 1
+    assert (f"| prompt acc. - {reference} [95 %] | instr. acc. - {reference} [95 %] |" in header) == others
+    assert ("[95 %]" in header) == others
 
 
 @pytest.mark.parametrize(

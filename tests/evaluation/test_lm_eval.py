@@ -64,6 +64,59 @@ def test_likelihoods_are_refused_in_one_line(monkeypatch, capsys, tmp_path, smol
     assert capsys.readouterr().err.splitlines()[-1].startswith("agd-vllm: no likelihoods: AGD selects tokens")
 
 
+BOTH = """
+import yaml
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
+
+
+class Both(ConfigurableTask):
+    def __init__(self, config=None):
+        super().__init__(config=yaml.safe_load(open(__file__.replace("both.py", "capitals.yaml"))) | {"task": "both"})
+
+    def construct_requests(self, doc, ctx, apply_chat_template=False, chat_template=None, **kwargs):
+        return [
+            Instance("generate_until", doc, (ctx, {"until": ["."]}), 0, **kwargs),
+            Instance("loglikelihood", doc, (ctx, " Paris"), 0, **kwargs),
+        ]
+"""
+
+
+@pytest.mark.parametrize(
+    ("tasks", "named", "cached"),
+    [
+        ("capitals,scored", "scored", False),
+        ("mixed", "scored", True),
+        ("capitals,choice,rolling", "choice, rolling", False),
+        ("both", "both", False),
+    ],
+)
+def test_a_task_of_likelihoods_beside_others_is_refused_before_anything_is_decoded(
+    monkeypatch, capsys, tmp_path, smollm2, tasks, named, cached
+):
+    arguments = command_line(tmp_path, smollm2)
+    arguments[arguments.index("--tasks") + 1] = tasks
+    if cached:
+        arguments += ["--use_cache", str(tmp_path / "cache")]
+    kinds = {"scored": "loglikelihood", "choice": "multiple_choice", "rolling": "loglikelihood_rolling"}
+    for name, kind in kinds.items():
+        task = TASK.format(data=tmp_path / "rows.jsonl", output_type=kind).replace("task: capitals", f"task: {name}")
+        choices = "doc_to_choice: [Paris, Rome]\n" if name == "choice" else ""
+        (tmp_path / f"{name}.yaml").write_text(task + choices)
+    (tmp_path / "mixed.yaml").write_text("group: mixed\ntask: [capitals, scored]\n")
+    (tmp_path / "both.py").write_text(BOTH)
+    (tmp_path / "both.yaml").write_text("task: both\nclass: !function both.Both\n")
+    engines = _Decodes(monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["agd-vllm"])
+    with pytest.raises(SystemExit) as ended:
+        main(["lm-eval", *arguments])
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("agd-vllm: no likelihoods: AGD selects tokens")
+    assert line.endswith(f"(asked for by {named})")
+    assert not engines.started
+
+
 @pytest.fixture(scope="module")
 def model(smollm2):
     return AGDModel(str(smollm2), batch_size=1, device="cpu", tau="0.5")
@@ -161,7 +214,11 @@ def test_a_region_that_is_named_is_the_region(smollm2):
     [
         ({"do_sample": True}, "do_sample=False"),
         ({"temperature": 0.7}, "temperature=0"),
-        ({"num_beams": 4}, "num_beams"),
+        ({"num_beams": 4}, "num_beams=4"),
+        ({"num_beams": 1, "presence_penalty": 0.5}, "setting presence_penalty=0.5;"),
+        ({"repetition_penalty": 1.2}, "strategy agd has none with attribution workers"),
+        ({"repetition_penalty": 0}, "finite number above 0"),
+        ({"repetition_penalty": "high"}, "'high': must be a number"),
     ],
 )
 def test_refused_generation_settings(model, settings, word):
@@ -171,7 +228,56 @@ def test_refused_generation_settings(model, settings, word):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("option", "word"), [({"tauu": 1}, "unknown key 'tauu'"), ({"tau": "low"}, "tau 'low'")])
+def test_settings_that_change_nothing_are_taken(model):
+    settings = {"num_beams": 1, "num_return_sequences": 1, "top_p": 0.9, "presence_penalty": 0.0, "n": 1}
+    assert row(model, "Hi", until=[], **settings) == row(model, "Hi", until=[])
+
+
+def test_a_repetition_penalty_is_the_requests_own_else_the_models(monkeypatch, smollm2):
+    penalties = {}
+
+    class Penalties(_Decodes):
+        def _outcomes(self, items):
+            for decoded in super()._outcomes(items):
+                penalties[decoded.text] = self.decoder.options.repetition_penalty
+                yield decoded
+
+    engines = Penalties(monkeypatch)
+    monkeypatch.setattr(Decoder, "start", lambda decoder: setattr(engines, "decoder", decoder))
+    model = AGDModel(str(smollm2), strategy="greedy", repetition_penalty=1.1, max_model_len=64)
+    own = {"b": 1.3, "c": 1, "d": None, "e": 1.3}
+    asked = requests(*"abcde")
+    for request in asked:
+        context, settings = request.args
+        penalty = {"repetition_penalty": own[context]} if context in own else {}
+        request.arguments = (context, settings | penalty)
+    assert model.generate_until(asked) == list("abcde")
+    assert penalties == {"a": 1.1, "b": 1.3, "c": 1.0, "d": 1.1, "e": 1.3}
+
+
+def test_engine_arguments_are_model_args(smollm2):
+    text = f"pretrained={smollm2},gpu_memory_utilization=0.5,max_num_seqs=4,revision=main,max_length=64,max_gen_toks=9"
+    options = AGDModel.create_from_arg_string(text)._options
+    assert options.engine_args == {"gpu_memory_utilization": 0.5, "max_num_seqs": 4, "revision": "main"}
+    assert (options.max_model_len, options.max_tokens) == (64, 9)
+    both = AGDModel(str(smollm2), engine_args={"enforce_eager": True}, block_size=32, seed=3)._options
+    assert both.engine_args == {"enforce_eager": True, "block_size": 32}
+    assert both.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "word"),
+    [
+        ({"tauu": 1}, "unknown key 'tauu'"),
+        ({"tau": "low"}, "tau 'low'"),
+        ({"gpu_memory_utilisation": 0.5}, "unknown key 'gpu-memory-utilisation'"),
+        ({"tokenizer": "other"}, "unknown key 'tokenizer'"),
+        ({"scheduler_cls": "mine"}, "scheduler_cls: agd-vllm sets it"),
+        ({"block_size": 32, "engine_args": {"block_size": 16}}, "block_size: in engine_args, too"),
+        ({"max_length": 64, "max_model_len": 64}, "max_length and max_model_len are the same"),
+        ({"max_model_len": 64, "max_length": 64}, "max_length and max_model_len are the same"),
+    ],
+)
 def test_unusable_model_args(smollm2, option, word):
     with pytest.raises(RequestRefused, match=word):
         AGDModel(str(smollm2), **option)

@@ -1,10 +1,14 @@
 """The benchmarks' checkers as they are used here: offline, by rule, honest about what they cannot check."""
 
+import contextlib
+import copy
+import random
 import sys
 
 import nltk
 import pytest
 
+from agd_vllm.evaluation import rules
 from agd_vllm.evaluation.rules import DataMissing, RuleUnusable, check_rule, followed, kind_of
 
 
@@ -75,3 +79,66 @@ def test_missing_data_is_named_and_nothing_is_fetched(monkeypatch, tmp_path, rul
 def test_spacy_is_as_it_was_after_ifbench_is_imported():
     check_rule("words:vowel", {})
     assert all(sys.modules[name].__spec__ for name in ("spacy", "spacy.cli") if name in sys.modules)
+
+
+@pytest.fixture
+def arguments_of(monkeypatch):
+    """The arguments that a rule's checker goes by, given and drawn."""
+    gone_by = []
+    real = rules._rule
+
+    def watched(id):
+        rule = real(id)
+        build = rule.build_description
+
+        def build_description(**kwargs):
+            build(**kwargs)
+            gone_by.append(copy.deepcopy(rule.get_instruction_args()))
+
+        rule.build_description = build_description
+        return rule
+
+    def arguments_of(id, kwargs):
+        gone_by.clear()
+        check_rule(id, kwargs)
+        # NLTK's data may be missing, and checkers trip over answers.
+        with contextlib.suppress(Exception):
+            followed(id, kwargs, "Some answer.")
+        assert len(gone_by) == 2 and gone_by[0] == gone_by[1]
+        return gone_by[0]
+
+    monkeypatch.setattr(rules, "_rule", watched)
+    return arguments_of
+
+
+def test_a_letter_that_is_none_is_drawn_by_rule_and_arguments(arguments_of):
+    drawn = [
+        arguments_of(
+            "keywords:letter_frequency", {"letter": letter, "let_frequency": count, "let_relation": "at least"}
+        )
+        for letter in "!#"
+        for count in (1, 4, 10)
+    ]
+    # Spelled out, as another process must draw them, too.
+    assert "".join(arguments["letter"] for arguments in drawn) == "esdkla"
+    assert [arguments["let_frequency"] for arguments in drawn] == [1, 4, 10] * 2
+
+
+def test_what_any_checker_draws_is_always_the_same(arguments_of):
+    check_rule("words:vowel", {})
+    known = [sys.modules[f"{name}.instructions_registry"] for name in ("lm_eval.tasks.ifeval", "ifbench")]
+    drawing = 0
+    for id in [id for registry in known for id in registry.INSTRUCTION_DICT]:
+        kwargs = {"prompt_to_repeat": "Say this once more, please."} if id.startswith("repeat:") else {}
+        drawn = []
+        for seed in range(4):
+            random.seed(seed)
+            state = random.getstate()
+            try:
+                drawn.append(arguments_of(id, kwargs))
+            except RuleUnusable:
+                break  # it needs an argument
+            assert random.getstate() == state
+        assert all(arguments == drawn[0] for arguments in drawn), id
+        drawing += bool(drawn and drawn[0])
+    assert drawing > 30

@@ -45,8 +45,8 @@ def outcomes():
 
 def test_records(outcomes):
     scores = score(outcomes)
-    greedy = record("greedy", scores.rows["greedy"], None, outcomes["greedy"], RUN)
-    agd = record("agd", scores.rows["agd"], scores.rows["greedy"], outcomes["agd"], RUN)
+    greedy = record("greedy", scores.rows, "greedy", outcomes["greedy"], RUN)
+    agd = record("agd", scores.rows, "greedy", outcomes["agd"], RUN)
     assert (greedy["prompt_accuracy"], greedy["instruction_accuracy"]) == (1 / 3, 1 / 4)
     assert (agd["prompt_accuracy"], agd["instruction_accuracy"]) == (2 / 3, 3 / 4)
     assert (greedy["exact_match"], agd["exact_match"]) == (0, 1)
@@ -60,7 +60,7 @@ def test_records(outcomes):
     assert agd["guided_share"] == pytest.approx(4 / 23)
     assert agd["changed_share"] == pytest.approx(3 / 23)
     assert agd["negative_greedy"] == {"prohibition": 0.5, "other": 0}
-    control = record("random", scores.rows["agd"], scores.rows["greedy"], outcomes["agd"], {**RUN, "relevance": False})
+    control = record("agd", scores.rows, "greedy", outcomes["agd"], {**RUN, "relevance": False})
     assert control["negative_greedy"] == {"prohibition": None, "other": None}
     assert agd["kinds"] == {
         "prohibition": {"rules": 2, "kept": 0.5},
@@ -68,6 +68,7 @@ def test_records(outcomes):
         "qa": {"rules": 1, "kept": 1},
     }
     text = markdown("a suite", [greedy, agd], ["a note"])
+    assert "| prompt acc. - greedy [95 %] | instr. acc. - greedy [95 %] |" in text
     assert "| agd | 3 | 66.7% | 75.0% | 100.0% | +33.3 [+0.0, +100.0] |" in text
     assert "| prohibition | 0.0% of 2 | 50.0% of 2 |" in text
     assert "rows with a prohibition | - | 50.0% |" in text
@@ -89,7 +90,7 @@ def test_forward_passes_of_a_token(outcomes):
 def test_only_rows_that_both_decoded_are_compared(outcomes):
     del outcomes["greedy"]["b"]
     scores = score(outcomes)
-    agd = record("agd", scores.rows["agd"], scores.rows["greedy"], outcomes["agd"], {**RUN, "failed": 1})
+    agd = record("agd", scores.rows, "greedy", outcomes["agd"], {**RUN, "failed": 1})
     assert agd["difference"] == 1 / 2
     assert "3 (1 failed)" in markdown("a suite", [agd], [])
 
@@ -112,7 +113,7 @@ def test_a_rule_without_its_data_is_left_out_of_every_strategy(outcomes, monkeyp
             "b": ["length_constraints:number_words"],
             "c": ["qa:contains_answer"],
         }
-    agd = record("agd", scores.rows["agd"], None, outcomes["agd"], RUN)
+    agd = record("agd", scores.rows, "agd", outcomes["agd"], RUN)
     said = notes(EvaluationSettings("ifeval", None, "out"), scores, "float32", agd)
     assert any("NLTK's commas; 1 of the 3 rows have no other rule and are not scored" in line for line in said)
 
