@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from agd_vllm.input.named_once import parse_json
+
 
 class OutputFailed(Exception):
     """The output cannot be written or read back. One line; what was durable before is whole, and a resume goes on."""
@@ -71,7 +73,7 @@ class OutputDirectory:
 
     def read_json(self, name: str) -> Any:
         with self.open(name) as file, self.faults(name):
-            return json.load(file)
+            return parse_json(file.read())
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         with self.open(name) as file, self.faults(name):

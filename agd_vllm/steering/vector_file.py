@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load, save
 
 from agd_vllm.input.files import unusable
+from agd_vllm.input.named_once import NamedTwice, parse_json
 from agd_vllm.output.storage import OutputDirectory
 
 _NAME = re.compile(r"layer\.(0|[1-9][0-9]*)")
@@ -66,7 +66,9 @@ def read_vectors(path: str) -> SteeringVectors:
         data = fs.cat_file(name)
     try:
         tensors = load(data)
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+        metadata = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    except NamedTwice as twice:
+        raise _unreadable(path, f"{twice}") from twice
     except (safetensors.SafetensorError, ValueError) as error:
         raise _unreadable(path, "not a safetensors file") from error
     for key in METADATA:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -85,12 +86,44 @@ def test_a_tokenizer_without_an_unused_special_token_cannot_pause(capsys, tmp_pa
         ("--engine-arg", "dtype=float16", "dtype"),
         ("--chat-template-kwargs", "[1]", "JSON object"),
         ("--chat-template-kwargs", "{", "JSON"),
+        ("--chat-template-kwargs", '{"a": {"date": 1, "date": 2}}', "date is named twice"),
+        ("--engine-arg", 'hf_overrides={"a": 1, "a": 1}', "hf_overrides: a is named twice"),
     ],
 )
 def test_unusable_options(capsys, tmp_path, smollm2, data, option, value, word):
     arguments = ("--model", str(smollm2), "--output", str(tmp_path / "out"), option, value)
     assert word in fails(capsys, 2, "decode", data, *arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_engine_argument_is_named_once(capsys, smollm2, data):
+    twice = ("--engine-arg", "block_size=16", "--engine-arg", "seed=1", "--engine-arg", "block_size=32")
+    line = fails(capsys, 2, "decode", data, "--model", str(smollm2), "--dry-run", *twice)
+    assert "block_size is named twice" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "twice"),
+    [
+        (["--model_args", "pretrained=m,tau=0,tau=1"], "--model_args: tau is"),
+        (["-a", "pretrained=m", "tau=0", "--tasks", "t", "--model_args=tau=1"], "--model_args: tau is"),
+        (["--model_args", '{"pretrained": "m", "engine_args": {"seed": 0, "seed": 1}}'], "--model_args: seed is"),
+        (["--model_args", '{"tau": 0}', "tau=1"], "--model_args: tau is"),
+        (["--gen_kwargs", "until=['a,until=b', 'c'],until=d"], "--gen_kwargs: until is"),
+        (["--gen_kwargs", "until=['tau=1,tau=2'],metadata={'a':['b=1','b=2,b=3']},until_x=d"], None),
+        (["--gen_kwargs", "do_sample=False", "--tasks", "a=1,a=2"], None),
+    ],
+)
+def test_an_argument_of_lm_eval_is_named_once(capsys, monkeypatch, arguments, twice):
+    pytest.importorskip("lm_eval")
+    started = []
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: started.append(True))
+    monkeypatch.setattr(sys, "argv", ["agd-vllm"])
+    if twice is None:
+        assert run(capsys, "lm-eval", "run", "--model", "agd-vllm", *arguments)[0] == 0
+    else:
+        assert f"{twice} named twice" in fails(capsys, 2, "lm-eval", "run", "--model", "agd-vllm", *arguments)
+    assert bool(started) == (twice is None)
 
 
 def test_the_output_is_needed_and_must_not_hold_something_else(capsys, tmp_path, smollm2, data):
