@@ -1,5 +1,7 @@
 """Options of `Decoder`: the same checks as on the command line, before anything is loaded."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 
@@ -43,6 +45,26 @@ def test_a_wrong_value_is_named(smollm2, name, value):
         Decoder(str(smollm2), **{name: value})
     assert str(value) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+WHOLE = ("top_k", "engines", "attribution_workers", "max_tokens", "max_model_len", "seed")
+REAL = ("tau", "min_prob", "cad_alpha", "dola_relative_top", "steering_strength", "repetition_penalty")
+
+
+def test_every_number_is_a_number_that_float32_or_int32_holds():
+    numeric = {option.name for option in fields(DecoderOptions) if "float" in option.type or "int" in option.type}
+    assert numeric == {*WHOLE, *REAL}
+    for name in numeric:
+        huge = [10**39, 10**5000, float("inf"), float("nan"), *([1e39, -1e39] if name in REAL else [2**32, 2.0])]
+        for value in ("2", "2\n", [2], True, b"2", *huge, None):
+            if (name == "tau" and value == float("inf")) or (value is None and name in WHOLE):
+                continue
+            with pytest.raises(ValueError, match=f"^{name} ") as error:
+                DecoderOptions("m", **{name: value})
+            assert "\n" not in str(error.value)
+            assert len(str(error.value)) < 160
+    for name, fine in (("tau", float("inf")), ("tau", 0), ("steering_strength", -3e38), ("seed", 2**32 - 1)):
+        assert getattr(DecoderOptions("m", strategy="greedy", **{name: fine}), name) == fine
 
 
 def test_a_decoder_without_a_model():
