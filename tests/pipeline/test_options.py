@@ -1,5 +1,6 @@
 """Options of `Decoder`: the same checks as on the command line, before anything is loaded."""
 
+import json
 from dataclasses import fields
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from agd_vllm import Decoder
 from agd_vllm.commands.decode import decode
 from agd_vllm.pipeline.options import DecoderOptions
-from agd_vllm.pipeline.run import RunSettings, run_identity
+from agd_vllm.pipeline.run import RunSettings, run_dataset, run_identity
 from agd_vllm.pipeline.strategies import STRATEGIES
 from agd_vllm.steering.vector_file import SteeringVectors, write_vectors
 
@@ -117,6 +118,14 @@ def test_what_decides_the_tokens_is_part_of_a_runs_identity(smollm2, tmp_path):
     identity = run_identity(settings, Decoder(str(smollm2), strategy="cad", cad_alpha=0.25, seed=7))
     assert (identity["strategy"], identity["cad_alpha"], identity["seed"]) == ("cad", 0.25, 7)
     assert "entropies" not in identity
+
+
+def test_the_summary_names_the_layers_of_the_vectors(smollm2, vectors, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    settings = RunSettings((f"{tmp_path}/rows.jsonl",), str(tmp_path / "out"))
+    assert run_dataset(settings, DecoderOptions(str(smollm2), "steer", steering=vectors)) == 1  # and loads no model
+    assert json.loads((tmp_path / "out/summary.json").read_text())["steering_layers"] == [3]
+    assert "steering_layers" not in json.loads((tmp_path / "out/run.json").read_text())  # so that old runs go on
 
 
 def test_vectors_are_part_of_a_runs_identity_whatever_their_name(smollm2, vectors, tmp_path):
