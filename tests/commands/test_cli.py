@@ -1,7 +1,9 @@
 """The command line: faults of a whole run stop it before a model is loaded; faults of a row cost that row only."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from chaos import demo_rows
 from command_line import fails, run
-from conftest import DEMO_ROWS
+from conftest import CHECKOUT, DEMO_ROWS
 from real_runs import BAD, GOOD, short_rows
 
 from agd_vllm import Decoder
@@ -133,6 +135,44 @@ def test_the_output_is_needed_and_must_not_hold_something_else(capsys, tmp_path,
     (other / "thesis.tex").write_text("precious")
     assert "not empty" in fails(capsys, 2, "decode", data, "--model", str(smollm2), "--output", str(other))
     assert [path.name for path in other.iterdir()] == ["thesis.tex"]
+
+
+STREAMS = (
+    {"PYTHONIOENCODING": "latin-1:strict"},
+    {"PYTHONIOENCODING": "ascii:strict"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {"PYTHONIOENCODING": "utf-8:strict"},
+)
+PRINTS = r"""
+import sys, click
+from rich.console import Console
+from agd_vllm.cli import cli, main
+@cli.command()
+def says():
+    for stream in (sys.stdout, sys.stderr):
+        print("\u2212 \u27e6 \udcff", file=stream)
+        click.echo("\u2212 \u27e6", file=stream)
+        Console(file=stream).print("\u2212 \u27e6")
+    raise ValueError("\u2212 \u27e6")
+main(["says"])
+"""
+
+
+@pytest.mark.parametrize("stream", STREAMS, ids=str)
+def test_no_character_ends_a_command(stream):
+    command = [sys.executable, "-c", PRINTS]
+    done = subprocess.run(command, cwd=CHECKOUT, env=os.environ | stream, capture_output=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.count(b"\n") == 3
+    assert done.stderr.count(b"\n") == 4
+    assert done.stderr.splitlines()[-1].startswith(b"agd-vllm: ")
+
+
+def test_a_dry_run_on_a_terminal_of_another_encoding(smollm2):
+    command = [sys.executable, "-m", "agd_vllm", "decode", str(DEMO_ROWS), "--model", str(smollm2), "--dry-run"]
+    done = subprocess.run(command, cwd=CHECKOUT, env=os.environ | STREAMS[0], capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert b"\\u27e6" in done.stdout
 
 
 def test_dry_run_shows_the_region_and_loads_no_model(capsys, smollm2, tmp_path):
