@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 
@@ -34,6 +35,7 @@ for command in (decode, evaluate, report, attribute, calibrate, heads, vectors, 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command and exits with the contract's status; one readable line on stderr for what went wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    _escape_what_streams_cannot_hold()
     try:
         with as_interrupt():
             status = cli.main(arguments, prog_name="agd-vllm", standalone_mode=False)
@@ -47,6 +49,13 @@ def main(arguments: list[str] | None = None) -> None:
         status = _fail_with(error)
     sys.stdout.flush()
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _escape_what_streams_cannot_hold() -> None:
+    """Whatever a terminal's encoding is, a character that it has not must not end a run: it is shown as \\u...."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not one that is closed, or that a caller has put in its place
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail_with(error: Exception) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from agd_vllm.input.named_once import NamedTwice, named_once, parse_json
+
 Decorator = Callable[[Callable], Callable]
 
 
@@ -24,21 +26,28 @@ def _together(*decorators: Decorator) -> Decorator:
 
 def _key_values(_ctx: click.Context, _param: click.Parameter, given: tuple[str, ...]) -> dict[str, Any]:
     """KEY=VALUE, repeated; a value is read as JSON where it is JSON, as a word where it is not."""
-    parsed: dict[str, Any] = {}
+    parsed: list[tuple[str, Any]] = []
     for item in given:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise click.BadParameter(f"{item!r} is not KEY=VALUE")
         try:
-            parsed[key] = json.loads(value)
+            parsed.append((key, parse_json(value)))
+        except NamedTwice as twice:
+            raise click.BadParameter(f"{key}: {twice}") from twice
         except json.JSONDecodeError:
-            parsed[key] = value
-    return parsed
+            parsed.append((key, value))
+    try:
+        return named_once(parsed)
+    except NamedTwice as twice:
+        raise click.BadParameter(f"{twice}") from twice
 
 
 def _json_object(_ctx: click.Context, _param: click.Parameter, given: str) -> dict[str, Any]:
     try:
-        parsed = json.loads(given)
+        parsed = parse_json(given)
+    except NamedTwice as twice:
+        raise click.BadParameter(f"{twice}") from twice
     except json.JSONDecodeError as error:
         raise click.BadParameter(f"not JSON: {error}") from error
     if not isinstance(parsed, dict):

@@ -8,6 +8,8 @@ from typing import Any
 import msgspec
 from vllm import SamplingParams
 
+from agd_vllm.input.named_once import NamedTwice, parse_json
+
 
 class BatchRow(msgspec.Struct):
     params: Any  # of the request; `prompt_len` among them is the length of its row's original prompt
@@ -32,7 +34,7 @@ def checked_params(sampling_params: SamplingParams, name: str, kind: type) -> An
         return None
     try:
         params = msgspec.convert(_from_json(params), kind, strict=False)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, NamedTwice, RecursionError) as error:
         raise ValueError(f"extra_args[{name!r}]: {error}") from error
     if sampling_params.temperature != 0:
         raise ValueError(f"a request with extra_args[{name!r}] must be greedy (temperature 0)")
@@ -42,7 +44,9 @@ def checked_params(sampling_params: SamplingParams, name: str, kind: type) -> An
 def _from_json(params: Any) -> Any:
     """`params`, or a list in it, may be JSON text."""
     if isinstance(params, str):
-        params = msgspec.json.decode(params)
+        decoded = msgspec.json.decode(params)
+        parse_json(params)  # msgspec takes the last of two values of a key; this refuses them
+        params = decoded
     if not isinstance(params, dict):
         return params
     return {

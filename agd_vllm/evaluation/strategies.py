@@ -63,6 +63,8 @@ def _parse(item: str, options: DecoderOptions) -> Strategy:
         key, equals, value = setting.partition("=")
         if equals and _KEY.fullmatch(key):
             last = key.replace("-", "_")
+            if last in values:
+                raise ValueError(f"--strategies {item}: {key} is named twice; keep one of the two")
             values[last] = value
         elif last:
             # A value may hold colons, as URLs do.

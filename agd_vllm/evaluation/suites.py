@@ -14,6 +14,7 @@ from typing import Any
 
 from agd_vllm.evaluation import natural_questions
 from agd_vllm.input.files import InputUnusable, open_input
+from agd_vllm.input.named_once import NamedTwice, parse_json
 
 Row = dict[str, Any]
 
@@ -59,12 +60,16 @@ def read_records(name: str, path: str | None) -> list[Any]:
     records: list[Any] = []
     try:
         if text.lstrip().startswith("["):
-            records = json.loads(text)
+            records = parse_json(text)
         else:
             # At line feeds only: other line separators may stand inside a JSON string.
             for line in text.split("\n"):
                 if line.strip():
-                    records.append(json.loads(line))
+                    records.append(parse_json(line))
+    except NamedTwice as twice:
+        # In a list that is the file, nothing says which record it is of.
+        number = f"record {len(records) + 1}" if records else "a record"
+        raise SuiteUnusable(f"{Path(path).name}: {number} has a key twice: {twice}") from twice
     except json.JSONDecodeError as error:
         raise SuiteUnusable(f"{Path(path).name}: record {len(records) + 1} is not JSON: {error}") from error
     if not records:

@@ -11,30 +11,44 @@ from uuid import UUID
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from agd_vllm.input.files import CHUNK_BYTES, reason, unusable
+from agd_vllm.input.files import CHUNK_BYTES, InputUnusable, reason, unusable
+from agd_vllm.input.named_once import NamedTwice, named_once
 from agd_vllm.records import RowRefused
 
 BATCH_ROWS = 256
 
 
 def has_rows(file: BinaryIO, source: str) -> bool:
-    """Raises InputUnusable for a file without a Parquet footer."""
-    with unusable(source):
-        return pq.ParquetFile(file).metadata.num_rows > 0
+    """Raises InputUnusable for a file without a Parquet footer, or with two columns of one name."""
+    return _opened(file, source).metadata.num_rows > 0
 
 
 def parquet_rows(file: BinaryIO, source: str) -> Iterator[tuple[dict[str, Any], RowRefused | None]]:
     """Each row without its nulls, and without the first values that cannot be read, which are its fault.
 
-    Raises InputUnusable where the file is damaged; the rows before that have been yielded.
+    Raises InputUnusable where the file is damaged, or has two columns of one name; the rows before that have been
+    yielded.
     """
+    opened = _opened(file, source)
     with unusable(source):
-        # Read in pieces, where the default is to hold all of a row group, which may be all of the file.
-        batches = pq.ParquetFile(file, buffer_size=CHUNK_BYTES, pre_buffer=False).iter_batches(BATCH_ROWS)
+        batches = opened.iter_batches(BATCH_ROWS)
     while (batch := _next_batch(batches, source)) is not None:
         columns = dict(zip(batch.schema.names, map(_readable, batch.columns), strict=True))
         for index in range(batch.num_rows):
             yield _row(columns, index)
+
+
+def _opened(file: BinaryIO, source: str) -> pq.ParquetFile:
+    with unusable(source):
+        # Read in pieces, where the default is to hold all of a row group, which may be all of the file.
+        opened = pq.ParquetFile(file, buffer_size=CHUNK_BYTES, pre_buffer=False)
+        columns = opened.schema_arrow.names
+    try:
+        named_once([(name, None) for name in columns])
+    except NamedTwice as twice:
+        message = f"input {source} has two columns that are named {twice.name}; rename or drop one of them"
+        raise InputUnusable(message) from None
+    return opened
 
 
 def _readable(column: pa.Array) -> pa.Array:

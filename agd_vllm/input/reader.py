@@ -17,6 +17,7 @@ from typing import Any
 from agd_vllm.input.files import InputUnusable, OpenInput, open_input
 from agd_vllm.input.id_set import IdSet
 from agd_vllm.input.json_text import MAX_ROW_BYTES, ArrayNotClosed, RowText, row_texts
+from agd_vllm.input.named_once import NamedTwice, named_once
 from agd_vllm.input.parquet import has_rows, parquet_rows
 from agd_vllm.input.schema import parse_row, row_id
 from agd_vllm.input.wording import place_text
@@ -212,12 +213,11 @@ def _parse_json(row: RowText) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        twice = place_text([next(key for key in counts if counts[key] > 1)])
-        raise RowRefused("invalid_json", f"an object of the row names the key {twice} twice; keep one of the two")
-    return fields
+    try:
+        return named_once(pairs)
+    except NamedTwice as twice:
+        message = f"an object of the row names the key {twice.name} twice; keep one of the two"
+        raise RowRefused("invalid_json", message) from None
 
 
 def _salvaged(text: bytes) -> Any:

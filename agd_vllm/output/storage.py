@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from agd_vllm.input.named_once import parse_json
+
 
 class OutputFailed(Exception):
     """The output cannot be written or read back. One line; what was durable before is whole, and a resume goes on."""
@@ -59,6 +61,10 @@ class OutputDirectory:
         with self.faults(""):
             return self._fs.isfile(self._root)
 
+    def is_folder(self, name: str) -> bool:
+        with self.faults(name):
+            return self._fs.isdir(self.path(name))
+
     def make_folder(self, name: str) -> None:
         with self.faults(name):
             self._fs.makedirs(self.path(name), exist_ok=True)
@@ -71,7 +77,7 @@ class OutputDirectory:
 
     def read_json(self, name: str) -> Any:
         with self.open(name) as file, self.faults(name):
-            return json.load(file)
+            return parse_json(file.read())
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         with self.open(name) as file, self.faults(name):
@@ -193,6 +199,16 @@ class OutputDirectory:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
             where = f"{self.name.rstrip('/')}/{name}" if name else self.name
             raise OutputFailed(f"output {where}: {reason}; mend that and run the same command again") from error
+
+
+def place_of_file(path: str) -> tuple[OutputDirectory, str]:
+    """The folder of a file to write, given as a path or URL, and its name there. Raises ValueError for a folder."""
+    name = path.rpartition("/")[2]
+    # With its last slash: without it the root would be no folder, nor that of file:///.
+    place = OutputDirectory(path[: len(path) - len(name)] or ".")
+    if name in ("", ".", "..") or place.is_folder(name):
+        raise ValueError(f"--output {path}: that is a folder; name a file")
+    return place, name
 
 
 def _in_memory(fs: AbstractFileSystem) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from agd_vllm.attribution.scorer import RULES
@@ -11,6 +10,7 @@ from agd_vllm.attribution.scorer import SCORERS as WORKER_SCORERS
 from agd_vllm.dola.arguments import check_layers
 from agd_vllm.engine.channel import MAX_TOP_K
 from agd_vllm.engine.settings import GateSettings
+from agd_vllm.pipeline.numbers import check_real, check_whole
 from agd_vllm.pipeline.strategies import (
     STRATEGIES,
     Agd,
@@ -67,6 +67,7 @@ class DecoderOptions:
     debug: bool = False
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         checks = (
             (isinstance(self.model, str) and self.model != "", "model is missing; name a folder or a Hugging Face id"),
             (self.scorer in SCORERS, f"scorer {self.scorer!r}: choose one of {', '.join(SCORERS)}"),
@@ -90,7 +91,7 @@ class DecoderOptions:
                 f"entropies: recorded with strategy greedy only, not with {self.strategy}",
             ),
             (
-                self.cad_alpha >= 0 and math.isfinite(self.cad_alpha),
+                self.cad_alpha >= 0,
                 f"cad_alpha {self.cad_alpha}: must be a finite number, 0 or more",
             ),
             (
@@ -108,11 +109,7 @@ class DecoderOptions:
                 "steering is missing; name a file of vectors for strategy steer (`agd-vllm vectors` makes one)",
             ),
             (
-                math.isfinite(self.steering_strength),
-                f"steering_strength {self.steering_strength}: must be a finite number",
-            ),
-            (
-                self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty),
+                self.repetition_penalty > 0,
                 f"repetition_penalty {self.repetition_penalty}: must be a finite number above 0; 1 is none",
             ),
             (
@@ -153,6 +150,15 @@ class DecoderOptions:
             if not fine:
                 raise ValueError(message)
         check_layers(self.dola_layers)
+
+    def _check_numbers(self) -> None:
+        """Whatever the strategy: Python passes on what the command line would not read as a number."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.type == "float":
+                check_real(option.name, value)
+            elif option.type == "int" or (option.type == "int | None" and value is not None):
+                check_whole(option.name, value)
 
     @property
     def gate(self) -> GateSettings:

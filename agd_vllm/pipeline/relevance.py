@@ -17,6 +17,7 @@ from agd_vllm.output.run_reader import RunReader
 from agd_vllm.output.summary import OutputUnusable, count_outputs, differences
 from agd_vllm.pipeline.progress import say
 from agd_vllm.pipeline.relevance_fleet import Attributed, RelevanceFleet, Task
+from agd_vllm.pipeline.strategies import STRATEGIES
 from agd_vllm.pipeline.versions import versions
 from agd_vllm.records import DecodedRow
 
@@ -70,6 +71,7 @@ def attribute_run(settings: RelevanceSettings) -> int:
     Raises ValueError or OutputUnusable before any weights are loaded, later OutputFailed or RuntimeError.
     """
     run = RunReader(settings.run)
+    _check_strategy(run)
     counts = count_outputs(settings.run)
     if not counts["decoded"]:
         raise ValueError(f"run {settings.run}: no row is decoded there, so there is nothing to attribute")
@@ -104,6 +106,15 @@ def attribute_run(settings: RelevanceSettings) -> int:
         run.output.write_json(DESCRIPTION, summary)
     _print(Console(), summary, time.monotonic() - begun, run.directory)
     return summary["failed"]
+
+
+def _check_strategy(run: RunReader) -> None:
+    name = run.parameters().get("strategy")
+    if name in STRATEGIES and not STRATEGIES[name].by_own_logits:
+        raise ValueError(
+            f"run {run.directory}: strategy {name} does not choose tokens by the logits of the model itself, which are "
+            "all that attribution explains; give a run of another strategy"
+        )
 
 
 def _claim(run: RunReader, identity: dict[str, Any]) -> None:

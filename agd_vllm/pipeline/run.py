@@ -25,6 +25,7 @@ from agd_vllm.prompts.answers import given_answer, gives_answer
 from agd_vllm.prompts.dry_run import dry_run
 from agd_vllm.prompts.prepare import Preparer
 from agd_vllm.records import InputRow, RowError, RowRefused
+from agd_vllm.steering.vector_file import read_vectors
 
 # What may change between the invocations of one run: where it runs and what it tells, not what it decodes.
 NOT_IDENTITY = ("engines", "attribution_workers", "entropies", "log_json", "trace", "debug")
@@ -56,6 +57,9 @@ def run_dataset(settings: RunSettings, options: DecoderOptions, engines: Engines
     decoder = Decoder(options=options)
     identity = run_identity(settings, decoder)
     open_run(settings.output, identity, settings.resume)
+    if options.steering:
+        # For whoever reads the summary; what decides is the file.
+        identity |= {"steering_layers": [*read_vectors(options.steering).layers]}
     notes = Console(stderr=True)
     progress = ProgressLine(notes)
     with RunWriter(settings.output, settings.part_rows, settings.part_seconds) as writer:

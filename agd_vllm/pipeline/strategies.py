@@ -31,6 +31,8 @@ class Strategy(ABC):
     regions: ClassVar[bool] = True
     pauses: ClassVar[bool] = True
     attribution: ClassVar[bool] = False
+    # Whether it chooses by the logits of the model itself, which are what attribution of a run explains.
+    by_own_logits: ClassVar[bool] = True
     # Whether rows' regions are said again in their prompts.
     emphasized: ClassVar[bool] = False
     # Whether its rows are plain requests of an engine that attributes by itself.
@@ -219,6 +221,7 @@ class Cad(Strategy):
 
     alpha: float = 0.5
     name = "cad"
+    by_own_logits = False
 
     @property
     def processors(self) -> tuple[str, ...]:
@@ -258,6 +261,7 @@ class Dola(Greedily):
     layers: str = "low"
     relative_top: float = 0.1
     name = "dola"
+    by_own_logits = False
 
     def engine_args(self, model: ModelInfo, dtype: str, given: dict[str, Any]) -> dict[str, Any]:
         return dola_engine_args(model, self.layers, self.relative_top, given)
@@ -272,6 +276,7 @@ class Steer(Greedily):
     strength: float = 1.0
     norm: bool = True
     name = "steer"
+    by_own_logits = False
 
     def engine_args(self, model: ModelInfo, dtype: str, given: dict[str, Any]) -> dict[str, Any]:
         return steering_engine_args(model, self.file, self.norm, given)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from agd_vllm.input.named_once import NamedTwice, parse_json
 
 
 def read_head_set(path: str, num_layers: int, num_heads: int) -> tuple[tuple[int, int], ...]:
@@ -12,10 +12,12 @@ def read_head_set(path: str, num_layers: int, num_heads: int) -> tuple[tuple[int
     """
     try:
         with open(path) as file:
-            heads = json.load(file)["heads"]
+            heads = parse_json(file.read())["heads"]
         pairs = [(layer, head) for layer, head in heads]
     except OSError as error:
         raise ValueError(f"--roi-heads {path}: {error.strerror}") from error
+    except NamedTwice as twice:
+        raise ValueError(f"--roi-heads {path}: {twice}") from twice
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f'--roi-heads {path}: no head set; it should be {{"heads": [[layer, head], ...]}}') from error
     if not pairs:

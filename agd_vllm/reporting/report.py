@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agd_vllm.output.run_reader import RunReader
-from agd_vllm.output.storage import OutputDirectory
+from agd_vllm.output.storage import place_of_file
 from agd_vllm.prompts.tokenizer import load_tokenizer
 from agd_vllm.reporting.figures import figures
 from agd_vllm.reporting.page import page
@@ -36,9 +36,11 @@ class ReportSettings:
 def write_report(settings: ReportSettings) -> tuple[str, int, int]:
     """Writes the page; returns its path, and how many rows it shows and leaves out.
 
-    Raises ValueError, with one line, for a directory without a run or rows and for a tokenizer that is not at hand, and
-    OutputFailed where a file cannot be read or written.
+    Raises ValueError, with one line, for an output that is a folder, a directory without a run or rows and a tokenizer
+    that is not at hand, and OutputFailed where a file cannot be read or written.
     """
+    path = settings.output or f"{settings.run.rstrip('/')}/{REPORT}"
+    place, name = place_of_file(path)
     table = TextTable()
     readers = [RunReader(directory) for directory in (settings.run, settings.compare) if directory is not None]
     ids = sorted(readers[0].ids(), key=natural_order)
@@ -47,7 +49,8 @@ def write_report(settings: ReportSettings) -> tuple[str, int, int]:
     shown = ids[: settings.max_rows]
     runs = [_read(reader, shown, table, settings) for reader in readers]
     html = page(runs, table, [_row(id, runs) for id in shown], [_relevance(id, runs) for id in shown], len(ids))
-    return _write(html, settings), len(shown), len(ids) - len(shown)
+    place.write(name, html.encode())
+    return path, len(shown), len(ids) - len(shown)
 
 
 def _read(reader: RunReader, ids: list[str], table: TextTable, settings: ReportSettings) -> ReportedRun:
@@ -110,12 +113,3 @@ def _row(id: str, runs: list[ReportedRun]) -> dict[str, Any]:
 def _relevance(id: str, runs: list[ReportedRun]) -> list[Relevance] | None:
     found = [run.relevance.get(id, {}) for run in runs]
     return found if any(found) else None
-
-
-def _write(html: str, settings: ReportSettings) -> str:
-    if settings.output is None:
-        OutputDirectory(settings.run).write(REPORT, html.encode())
-        return f"{settings.run.rstrip('/')}/{REPORT}"
-    folder, _, name = settings.output.rpartition("/")
-    OutputDirectory(folder or ".").write(name, html.encode())
-    return settings.output

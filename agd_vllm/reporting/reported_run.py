@@ -33,6 +33,12 @@ class ReportedRun:
         if ran.get("strategy") == "agd":
             tau = "∞" if ran.get("tau") is None else f"{ran['tau']:g}"
             parts += [f"τ = {tau}", str(ran.get("rule", ""))]
+        if ran.get("steering"):
+            # As `fingerprint` has it: the name, then size and digest.
+            parts.append(ran["steering"].rsplit(", ", 2)[0])
+            if layers := ran.get("steering_layers"):
+                parts.append(f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}")
+            parts.append(f"strength {ran.get('steering_strength', 1.0):g}")
         return " · ".join(filter(None, parts))
 
     def attribute_command(self) -> str:

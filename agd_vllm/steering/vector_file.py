@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ import torch
 from safetensors.torch import load, save
 
 from agd_vllm.input.files import unusable
-from agd_vllm.output.storage import OutputDirectory
+from agd_vllm.input.named_once import NamedTwice, parse_json
+from agd_vllm.output.storage import place_of_file
 
 _NAME = re.compile(r"layer\.(0|[1-9][0-9]*)")
 METADATA = ("method", "model", "digest")
@@ -44,18 +44,15 @@ class SteeringVectors:
 
 def check_place(path: str) -> None:
     """Makes the folder of a file to write. Raises OutputFailed where it cannot, ValueError where the file is one."""
-    folder, _ = _folder_and_name(path)
-    OutputDirectory(folder).make_folder("")
-    if path.endswith("/") or Path(path).is_dir():
-        raise ValueError(f"--output {path}: that is a folder; name a file")
+    place_of_file(path)[0].make_folder("")
 
 
 def write_vectors(path: str, vectors: SteeringVectors) -> None:
     """Puts the file into place at once. Raises OutputFailed, in one line."""
-    folder, name = _folder_and_name(path)
+    place, name = place_of_file(path)
     named = {f"layer.{number}": vector.contiguous() for number, vector in sorted(vectors.layers.items())}
     metadata = {"method": vectors.method, "model": vectors.model, "digest": vectors.digest}
-    OutputDirectory(folder).write(name, save(named, metadata))
+    place.write(name, save(named, metadata))
 
 
 def read_vectors(path: str) -> SteeringVectors:
@@ -66,7 +63,9 @@ def read_vectors(path: str) -> SteeringVectors:
         data = fs.cat_file(name)
     try:
         tensors = load(data)
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+        metadata = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    except NamedTwice as twice:
+        raise _unreadable(path, f"{twice}") from twice
     except (safetensors.SafetensorError, ValueError) as error:
         raise _unreadable(path, "not a safetensors file") from error
     for key in METADATA:
@@ -95,11 +94,6 @@ def read_vectors(path: str) -> SteeringVectors:
 def absolute(path: str) -> str:
     """The path or URL for a process that may stand in another folder."""
     return path if "://" in path else str(Path(path).absolute())
-
-
-def _folder_and_name(path: str) -> tuple[str, str]:
-    folder, slash, name = path.rpartition("/")
-    return folder or slash or ".", name
 
 
 def _unreadable(path: str, reason: str) -> ValueError:

@@ -140,6 +140,11 @@ def test_unusable_requests_are_one_line(capsys, tmp_path, smollm2, tokenizer, ro
     assert "no run is there" in fails(capsys, 2, "attribute", "--run", str(tmp_path / "nowhere"))
     empty = write_run(tmp_path / "empty", [], str(smollm2))
     assert "no row is decoded there" in fails(capsys, 2, "attribute", "--run", str(empty))
+    for strategy in ("steer", "dola", "cad"):
+        other = write_run(tmp_path / strategy, [row], str(smollm2), strategy=strategy)
+        line = fails(capsys, 2, "attribute", "--run", str(other))
+        assert f"strategy {strategy} does not choose tokens by the logits of the model itself" in line
+        assert not (other / "relevance.json").exists()
     moved = write_run(tmp_path / "moved", [row], str(tmp_path / "gone"))
     assert "--model says where it is now" in fails(capsys, 2, "attribute", "--run", str(moved))
     assert not (moved / "relevance").exists()

@@ -1,14 +1,17 @@
 """The command line: faults of a whole run stop it before a model is loaded; faults of a row cost that row only."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from chaos import demo_rows
 from command_line import fails, run
-from conftest import DEMO_ROWS
+from conftest import CHECKOUT, DEMO_ROWS
 from real_runs import BAD, GOOD, short_rows
 
 from agd_vllm import Decoder
@@ -85,12 +88,44 @@ def test_a_tokenizer_without_an_unused_special_token_cannot_pause(capsys, tmp_pa
         ("--engine-arg", "dtype=float16", "dtype"),
         ("--chat-template-kwargs", "[1]", "JSON object"),
         ("--chat-template-kwargs", "{", "JSON"),
+        ("--chat-template-kwargs", '{"a": {"date": 1, "date": 2}}', "date is named twice"),
+        ("--engine-arg", 'hf_overrides={"a": 1, "a": 1}', "hf_overrides: a is named twice"),
     ],
 )
 def test_unusable_options(capsys, tmp_path, smollm2, data, option, value, word):
     arguments = ("--model", str(smollm2), "--output", str(tmp_path / "out"), option, value)
     assert word in fails(capsys, 2, "decode", data, *arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_engine_argument_is_named_once(capsys, smollm2, data):
+    twice = ("--engine-arg", "block_size=16", "--engine-arg", "seed=1", "--engine-arg", "block_size=32")
+    line = fails(capsys, 2, "decode", data, "--model", str(smollm2), "--dry-run", *twice)
+    assert "block_size is named twice" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "twice"),
+    [
+        (["--model_args", "pretrained=m,tau=0,tau=1"], "--model_args: tau is"),
+        (["-a", "pretrained=m", "tau=0", "--tasks", "t", "--model_args=tau=1"], "--model_args: tau is"),
+        (["--model_args", '{"pretrained": "m", "engine_args": {"seed": 0, "seed": 1}}'], "--model_args: seed is"),
+        (["--model_args", '{"tau": 0}', "tau=1"], "--model_args: tau is"),
+        (["--gen_kwargs", "until=['a,until=b', 'c'],until=d"], "--gen_kwargs: until is"),
+        (["--gen_kwargs", "until=['tau=1,tau=2'],metadata={'a':['b=1','b=2,b=3']},until_x=d"], None),
+        (["--gen_kwargs", "do_sample=False", "--tasks", "a=1,a=2"], None),
+    ],
+)
+def test_an_argument_of_lm_eval_is_named_once(capsys, monkeypatch, arguments, twice):
+    pytest.importorskip("lm_eval")
+    started = []
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: started.append(True))
+    monkeypatch.setattr(sys, "argv", ["agd-vllm"])
+    if twice is None:
+        assert run(capsys, "lm-eval", "run", "--model", "agd-vllm", *arguments)[0] == 0
+    else:
+        assert f"{twice} named twice" in fails(capsys, 2, "lm-eval", "run", "--model", "agd-vllm", *arguments)
+    assert bool(started) == (twice is None)
 
 
 def test_the_output_is_needed_and_must_not_hold_something_else(capsys, tmp_path, smollm2, data):
@@ -100,6 +135,44 @@ def test_the_output_is_needed_and_must_not_hold_something_else(capsys, tmp_path,
     (other / "thesis.tex").write_text("precious")
     assert "not empty" in fails(capsys, 2, "decode", data, "--model", str(smollm2), "--output", str(other))
     assert [path.name for path in other.iterdir()] == ["thesis.tex"]
+
+
+STREAMS = (
+    {"PYTHONIOENCODING": "latin-1:strict"},
+    {"PYTHONIOENCODING": "ascii:strict"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {"PYTHONIOENCODING": "utf-8:strict"},
+)
+PRINTS = r"""
+import sys, click
+from rich.console import Console
+from agd_vllm.cli import cli, main
+@cli.command()
+def says():
+    for stream in (sys.stdout, sys.stderr):
+        print("\u2212 \u27e6 \udcff", file=stream)
+        click.echo("\u2212 \u27e6", file=stream)
+        Console(file=stream).print("\u2212 \u27e6")
+    raise ValueError("\u2212 \u27e6")
+main(["says"])
+"""
+
+
+@pytest.mark.parametrize("stream", STREAMS, ids=str)
+def test_no_character_ends_a_command(stream):
+    command = [sys.executable, "-c", PRINTS]
+    done = subprocess.run(command, cwd=CHECKOUT, env=os.environ | stream, capture_output=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.count(b"\n") == 3
+    assert done.stderr.count(b"\n") == 4
+    assert done.stderr.splitlines()[-1].startswith(b"agd-vllm: ")
+
+
+def test_a_dry_run_on_a_terminal_of_another_encoding(smollm2):
+    command = [sys.executable, "-m", "agd_vllm", "decode", str(DEMO_ROWS), "--model", str(smollm2), "--dry-run"]
+    done = subprocess.run(command, cwd=CHECKOUT, env=os.environ | STREAMS[0], capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert b"\\u27e6" in done.stdout
 
 
 def test_dry_run_shows_the_region_and_loads_no_model(capsys, smollm2, tmp_path):

@@ -27,6 +27,13 @@ def write(path, records):
     return str(path)
 
 
+def test_a_head_set_names_its_keys_once(tmp_path):
+    path = tmp_path / "heads.json"
+    path.write_text('{"heads": [[0, 1]], "heads": [[0, 2]]}')
+    with pytest.raises(ValueError, match=f"^--roi-heads {path}: heads is named twice; keep one of the two$"):
+        read_head_set(str(path), 30, 9)
+
+
 def test_both_kinds_of_files_hold_the_same_questions(tmp_path):
     of_nq = read_questions(write(tmp_path / "nq.jsonl", OF_NQ), None)
     assert read_questions(write(tmp_path / "rows.jsonl", AS_ROWS), None) == of_nq

@@ -48,6 +48,9 @@ def test_a_value_may_hold_colons():
         ("agd:steering=v", "strategy agd cannot be steered"),
         ("steer:steering=v:steering-strength=inf", "steering_strength inf"),
         ("agd,agd", "share the folder"),
+        ("greedy,agd:tau=0:tau=1", "--strategies agd:tau=0:tau=1: tau is named twice"),
+        ("agd:top-k=3:tau=0:top_k=3", "top_k is named twice"),
+        ("steer:steering=s3://b/v:steering=w", "steering is named twice"),
     ],
 )
 def test_unusable_strategies(text, word):

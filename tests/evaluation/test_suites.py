@@ -131,11 +131,15 @@ def test_malformed_records_are_named(tmp_path, suite, records, word):
 
 def test_unusable_files(tmp_path):
     (tmp_path / "broken.jsonl").write_text(json.dumps(IFEVAL) + "\n{\n")
+    (tmp_path / "twice.jsonl").write_text(json.dumps(IFEVAL) + '\n{"a": 1, "a": 2}\n')
+    (tmp_path / "twice.json").write_text('[{"a": 1, "a": 2}]')
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "latin.jsonl").write_bytes(b"\xff\n")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"{}" * 9999)[:-20])
     for name, word in (
         ("broken.jsonl", "record 2 is not JSON"),
+        ("twice.jsonl", "record 2 has a key twice: a is named twice"),
+        ("twice.json", "a record has a key twice: a is named twice"),
         ("empty.jsonl", "no record"),
         ("latin.jsonl", "utf-8"),
         ("cut.jsonl.gz", "Truncated"),

@@ -1,5 +1,7 @@
 """What a request for inline attribution says, and what is refused before it could kill an engine."""
 
+import json
+
 import pytest
 from vllm import SamplingParams
 
@@ -40,6 +42,16 @@ def test_what_cannot_be_is_refused_in_one_line(changes, word):
     with pytest.raises(ValueError, match=word) as error:
         inline_params(request(changes))
     assert "\n" not in str(error.value)
+
+
+def test_json_that_names_a_key_twice_is_refused():
+    params = request()
+    text = json.dumps(params.extra_args[EXTRA_ARG])
+    params.extra_args[EXTRA_ARG] = text
+    assert inline_params(params) == inline_params(request())
+    params.extra_args[EXTRA_ARG] = text.replace('"tau":', '"tau": 0.5, "tau":')
+    with pytest.raises(ValueError, match="tau is named twice"):
+        inline_params(params)
 
 
 def test_a_temperature_is_refused():

@@ -678,6 +678,9 @@ def test_parquet_maps_that_are_no_object(tmp_path):
     (twice,) = read(parquet(path, metadata=pa.array([[("a", 1), ("a", 2)]], pa.map_(pa.string(), pa.int32()))))
     assert (twice.id, twice.type) == ("r0", "unreadable_value")
     assert "column metadata" in twice.message and "key twice" in twice.message
+    fields = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"])
+    (fields_twice,) = read(parquet(path, metadata=fields))
+    assert (fields_twice.id, fields_twice.type) == ("r0", "unreadable_value")
     (odd,) = read(parquet(path, metadata=pa.array([[(b"a", 1)]], pa.map_(pa.binary(), pa.int32()))))
     assert (odd.id, odd.type) == ("r0", "not_json")
     assert odd.message.startswith("metadata has a key that is no string")
@@ -746,6 +749,12 @@ def test_a_parquet_file_with_a_broken_page(tmp_path):
     assert len(rows) >= 256  # a batch
 
 
+def in_parquet(names):
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"])] * len(names), names=names), file)
+    return file.getvalue()
+
+
 # Without the time, which gzip would write into the names of the tests: workers of pytest-xdist must agree on these.
 @pytest.mark.parametrize(
     ("name", "data", "words"),
@@ -776,6 +785,7 @@ def test_a_parquet_file_with_a_broken_page(tmp_path):
         ("rows.pickle", pickle.dumps([RAW]), "neither JSON nor Parquet"),
         ("twice.gz", gzip.compress(gzip.compress(b"{}", mtime=0), mtime=0), "begins with 1f 8b 08 00 within gzip"),
         ("parquet.bz2", bz2.compress(b"PAR1" + b"x" * 100), "begins with 50 41 52 31 within bz2"),
+        ("columns.parquet", in_parquet(["id", "prompt", "prompt"]), "two columns that are named prompt"),
         ("", None, "is a directory"),
     ],
 )

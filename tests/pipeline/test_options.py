@@ -1,12 +1,15 @@
 """Options of `Decoder`: the same checks as on the command line, before anything is loaded."""
 
+import json
+from dataclasses import fields
+
 import pytest
 import torch
 
 from agd_vllm import Decoder
 from agd_vllm.commands.decode import decode
 from agd_vllm.pipeline.options import DecoderOptions
-from agd_vllm.pipeline.run import RunSettings, run_identity
+from agd_vllm.pipeline.run import RunSettings, run_dataset, run_identity
 from agd_vllm.pipeline.strategies import STRATEGIES
 from agd_vllm.steering.vector_file import SteeringVectors, write_vectors
 
@@ -43,6 +46,26 @@ def test_a_wrong_value_is_named(smollm2, name, value):
         Decoder(str(smollm2), **{name: value})
     assert str(value) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+WHOLE = ("top_k", "engines", "attribution_workers", "max_tokens", "max_model_len", "seed")
+REAL = ("tau", "min_prob", "cad_alpha", "dola_relative_top", "steering_strength", "repetition_penalty")
+
+
+def test_every_number_is_a_number_that_float32_or_int32_holds():
+    numeric = {option.name for option in fields(DecoderOptions) if "float" in option.type or "int" in option.type}
+    assert numeric == {*WHOLE, *REAL}
+    for name in numeric:
+        huge = [10**39, 10**5000, float("inf"), float("nan"), *([1e39, -1e39] if name in REAL else [2**32, 2.0])]
+        for value in ("2", "2\n", [2], True, b"2", *huge, None):
+            if (name == "tau" and value == float("inf")) or (value is None and name in WHOLE):
+                continue
+            with pytest.raises(ValueError, match=f"^{name} ") as error:
+                DecoderOptions("m", **{name: value})
+            assert "\n" not in str(error.value)
+            assert len(str(error.value)) < 160
+    for name, fine in (("tau", float("inf")), ("tau", 0), ("steering_strength", -3e38), ("seed", 2**32 - 1)):
+        assert getattr(DecoderOptions("m", strategy="greedy", **{name: fine}), name) == fine
 
 
 def test_a_decoder_without_a_model():
@@ -95,6 +118,14 @@ def test_what_decides_the_tokens_is_part_of_a_runs_identity(smollm2, tmp_path):
     identity = run_identity(settings, Decoder(str(smollm2), strategy="cad", cad_alpha=0.25, seed=7))
     assert (identity["strategy"], identity["cad_alpha"], identity["seed"]) == ("cad", 0.25, 7)
     assert "entropies" not in identity
+
+
+def test_the_summary_names_the_layers_of_the_vectors(smollm2, vectors, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    settings = RunSettings((f"{tmp_path}/rows.jsonl",), str(tmp_path / "out"))
+    assert run_dataset(settings, DecoderOptions(str(smollm2), "steer", steering=vectors)) == 1  # and loads no model
+    assert json.loads((tmp_path / "out/summary.json").read_text())["steering_layers"] == [3]
+    assert "steering_layers" not in json.loads((tmp_path / "out/run.json").read_text())  # so that old runs go on
 
 
 def test_vectors_are_part_of_a_runs_identity_whatever_their_name(smollm2, vectors, tmp_path):

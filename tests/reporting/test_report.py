@@ -15,6 +15,7 @@ from made_runs import made_row, write_relevance, write_run
 from playwright.sync_api import sync_playwright
 
 from agd_vllm.output.relevance_writer import RelevanceWriter, TokenRelevance
+from agd_vllm.output.storage import place_of_file
 from agd_vllm.prompts.tokenizer import load_tokenizer
 from agd_vllm.reporting.report import ReportSettings, write_report
 from agd_vllm.reporting.rows import differences, natural_order
@@ -312,6 +313,34 @@ def test_two_runs_side_by_side(opened, run_directory, smollm2, tokenizer, tmp_pa
     assert "This run has no such row." in page.locator("#rows article").first.inner_text()
     page.locator("#filter").select_option("differs")
     assert page.locator("#rows h3").all_text_contents() == [HOSTILE_ID, "row-1"]
+
+
+def test_a_steered_run_names_its_file_layers_and_strength(smollm2, tokenizer, tmp_path):
+    ran = {"strategy": "steer", "steering": "a, b.safetensors, 99 bytes, starting 0f", "steering_strength": -2.0}
+    directory = write_run(tmp_path / "run", [made_row(tokenizer, "r", "Say", ANSWER)], str(smollm2), **ran)
+    summary = json.loads((directory / "summary.json").read_text())
+    for layers, words in (([3, 15], "layers 3, 15 · "), ([3], "layer 3 · "), (None, "")):  # none while the run goes on
+        (directory / "summary.json").write_text(json.dumps(summary | {"steering_layers": layers}))
+        path, _, _ = write_report(ReportSettings(str(directory)))
+        assert f" · steer · a, b.safetensors · {words}strength -2<" in Path(path).read_text()
+
+
+def test_the_page_is_written_where_it_was_asked(capsys, monkeypatch, run_directory, tmp_path):
+    for asked, place in (
+        ("/x.html", "/x.html"),
+        ("file:///x.html", "/x.html"),
+        ("/a/b/x.html", "/a/b/x.html"),
+        ("x.html", f"{tmp_path}/x.html"),
+        ("./a/x.html", f"{tmp_path}/a/x.html"),
+    ):
+        monkeypatch.chdir(tmp_path)
+        folder, name = place_of_file(asked)
+        assert folder.path(name) == place
+    for asked, name in (("x.html", "x.html"), (f"{tmp_path}/new/y.html", "new/y.html"), (f"file://{tmp_path}/z", "z")):
+        assert run(capsys, "report", str(run_directory), "--output", asked)[:2] == (0, f"3 rows\nreport: {asked}\n")
+        assert (tmp_path / name).read_text().startswith("<!doctype html>")
+    for asked in (str(tmp_path), f"{tmp_path}/", "."):
+        assert "that is a folder; name a file" in fails(capsys, 2, "report", str(run_directory), "--output", asked)
 
 
 def test_differences_are_aligned():

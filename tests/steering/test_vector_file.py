@@ -37,6 +37,17 @@ def test_what_is_no_such_file_is_said_in_one_line(tmp_path, tensors, metadata, w
         read_vectors(str(tmp_path / "v.safetensors"))
 
 
+def test_a_file_names_its_layers_and_metadata_once(tmp_path):
+    path = tmp_path / "v.safetensors"
+    write_vectors(str(path), SteeringVectors({1: torch.ones(2)}, "caa", "m"))
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].replace(b'"model":', b'"model":"other","model":')
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+    with pytest.raises(ValueError, match="model is named twice"):
+        read_vectors(str(path))
+
+
 def test_the_length_of_every_token_is_kept_and_a_strength_of_nothing_changes_nothing():
     torch.manual_seed(0)
     stream, offset = torch.randn(5, 16), torch.randn(16)

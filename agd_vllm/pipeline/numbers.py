@@ -1,0 +1,38 @@
+"""Numbers that a run is asked for, checked before any of them is compared or computed with."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from typing import Any
+
+from agd_vllm.records import FLOAT32_MAX
+
+INT32_MAX = 2**31 - 1
+MAX_SEED = 2**32 - 1  # numpy, which vLLM seeds, takes no other
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Raises ValueError, in one line, for what is no int of int32 (a seed: of uint32)."""
+    if type(value) is not int:
+        raise ValueError(f"{name} {_shown(value)}: must be a whole number, not {type(value).__name__}")
+    low, high = (0, MAX_SEED) if name == "seed" else (-INT32_MAX, INT32_MAX)
+    if not low <= value <= high:
+        raise ValueError(f"{name} {_shown(value)}: must lie between {low} and {high}")
+
+
+def check_real(name: str, value: Any) -> None:
+    """Raises ValueError, in one line, for what is no number or not finite in float32; tau may be infinite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} {_shown(value)}: must be a number, not {type(value).__name__}")
+    if name == "tau" and value == math.inf:
+        return
+    if not abs(value) <= FLOAT32_MAX:  # not a number, too
+        raise ValueError(f"{name} {_shown(value)}: must be a finite number within float32")
+
+
+def _shown(value: Any) -> str:
+    """On one line, and short; Python prints no integers of more than 4,300 digits."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return "(a huge integer)"
+    return " ".join(reprlib.repr(value).split())
