@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-from agd_vllm.models.architectures import check_supported
+from agd_vllm.models.architectures import check_supported, longest_sequence
 from agd_vllm.prompts.template import one_line
 from agd_vllm.prompts.tokenizer import load_tokenizer
 
@@ -65,7 +65,7 @@ def inspect_model(
         trust_remote_code,
         eos_ids,
         pause_id,
-        max_model_len=text_config.max_position_embeddings,
+        max_model_len=longest_sequence(text_config),
         vocab_size=text_config.vocab_size,
         num_layers=text_config.num_hidden_layers,
         num_heads=text_config.num_attention_heads,

@@ -1,10 +1,14 @@
 """The longest sequence that a worker is made for, against the one that vLLM takes."""
 
+import json
+import shutil
+
 import pytest
 from transformers import Gemma3TextConfig, LlamaConfig
 from vllm.config import ModelConfig
 
 from agd_vllm.models.architectures import longest_sequence
+from agd_vllm.models.inspect import inspect_model
 
 SMALL = {
     "vocab_size": 64,
@@ -34,3 +38,13 @@ def test_it_is_vllms(tmp_path, rope):
     config.save_pretrained(tmp_path)
     theirs = ModelConfig(model=str(tmp_path), skip_tokenizer_init=True, dtype="float32").max_model_len
     assert longest_sequence(config) == theirs
+
+
+@pytest.mark.parametrize("attribution", [True, False])
+def test_what_is_known_of_a_model_before_it_is_loaded_has_stretched_positions(smollm2, tmp_path, attribution):
+    """The dry run and --max-model-len go by it."""
+    model = shutil.copytree(smollm2, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((model / "config.json").read_text())
+    config["rope_scaling"] = {"type": "linear", "factor": 2.5}  # as vicuna-16k and longchat have it
+    (model / "config.json").write_text(json.dumps(config))
+    assert inspect_model(str(model), attribution=attribution)[0].max_model_len == 20480
