@@ -95,7 +95,7 @@ def stages_of(device: str) -> list[Stage]:
         Stage("smoke", 60, (f"{{python}} -c {shlex.quote(SMOKE)} {{scratch}}/smoke.json",), "smoke.json"),
         Stage(
             "kernel-tests",
-            120,
+            180,
             (
                 f"{PYTEST} tests/test_on_gpu.py -k attention_equals",
                 f"{PYTEST} tests/test_on_gpu.py -k captured",

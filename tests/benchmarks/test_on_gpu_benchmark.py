@@ -109,7 +109,7 @@ def test_stages_are_listed_with_limits_and_commands(tmp_path):
     done = CliRunner().invoke(on_gpu.main, [*common, "--shape", "tiny"])
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
-    limits = {"smoke": 60, "kernel-tests": 120, "pool": 160, "inline": 400, "workers": 200, "throughput": 300}
+    limits = {"smoke": 60, "kernel-tests": 180, "pool": 160, "inline": 400, "workers": 200, "throughput": 300}
     assert [line for line in lines if not line.startswith(" ")] == [f"{name}, {s} s" for name, s in limits.items()]
     assert sum("-m pytest" in line for line in lines) == 4
     assert any("benchmarks.inline --model tiny" in line for line in lines)
