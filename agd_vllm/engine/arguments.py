@@ -14,6 +14,8 @@ OWN = {
     "max_model_len": "--max-model-len",
     "seed": "--seed",
     "trust_remote_code": "--trust-remote-code",
+    # Engines side by side are this run's own.
+    "data_parallel_size": "--engines",
 }
 FIXED = (
     "logits_processors",

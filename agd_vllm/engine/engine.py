@@ -57,7 +57,7 @@ class Engine:
         self._receiver = GateReceiver(self._trace_step)
         asyncio.get_running_loop().add_reader(self._receiver.fileno(), self._receiver.drain)
         engine_args = self._engine_args()
-        set_environment(self._settings.cores, engine_args["dtype"])
+        set_environment(self._settings.cores, engine_args["dtype"], gpus_per_engine(self._settings.engine_args))
         if self._tracer.enabled:
             os.environ[TRACE_VARIABLE] = "1"
         from vllm.engine.arg_utils import AsyncEngineArgs

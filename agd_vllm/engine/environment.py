@@ -25,9 +25,10 @@ def runs_v1() -> bool:
     return on_cpu() and os.environ.get(RUNNER) != "1"
 
 
-def set_environment(cores: list[int] | None, dtype: str) -> None:
+def set_environment(cores: list[int] | None, dtype: str, ranks: int = 1) -> None:
     """vLLM reads these when it is imported or when its worker starts; what the user has set wins. `cores`: those of its
-    threads, None leaves them to vLLM. `dtype`: as vLLM's argument."""
+    threads, None leaves them to vLLM. `dtype`: as vLLM's argument. `ranks`: workers of the engine, which share the
+    cores; with fewer cores than ranks they share each."""
     if on_cpu():
         # Model Runner V2 needs a GPU's Triton.
         os.environ.setdefault(RUNNER, "0")
@@ -37,7 +38,8 @@ def set_environment(cores: list[int] | None, dtype: str) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ[ACTOR_VARIABLE] = f"{os.getpid()}"
     if cores is not None:
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+        shares = [cores[rank::ranks] or cores for rank in range(ranks)]
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, own)) for own in shares))
 
 
 @contextmanager

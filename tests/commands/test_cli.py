@@ -86,6 +86,7 @@ def test_a_tokenizer_without_an_unused_special_token_cannot_pause(capsys, tmp_pa
         ("--engine-arg", "novalue", "KEY=VALUE"),
         ("--engine-arg", "no_such_argument=1", "no_such_argument"),
         ("--engine-arg", "dtype=float16", "dtype"),
+        ("--engine-arg", "data_parallel_size=2", "use --engines"),
         ("--chat-template-kwargs", "[1]", "JSON object"),
         ("--chat-template-kwargs", "{", "JSON"),
         ("--chat-template-kwargs", '{"a": {"date": 1, "date": 2}}', "date is named twice"),

@@ -32,3 +32,14 @@ def test_float32_means_float32_to_triton_on_a_gpu(monkeypatch, dtype, on_cpu, be
     finally:
         os.environ.clear()
         os.environ.update(kept)
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "bound"),
+    [([0, 1], 1, "0,1"), ([0, 1], 2, "0|1"), ([3, 4, 5], 2, "3,5|4"), ([7], 2, "7|7"), (None, 2, None)],
+)
+def test_each_rank_of_an_engine_on_a_cpu_has_a_list_of_cores(monkeypatch, cores, ranks, bound):
+    """vLLM asserts that there are as many lists as ranks."""
+    monkeypatch.setattr(os, "environ", {})
+    environment.set_environment(cores, "auto", ranks)
+    assert os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == bound
