@@ -22,14 +22,19 @@ _MAGIC = (
     (re.compile(rb"\x1f\x8b"), "gzip"),
     (re.compile(rb"BZh[1-9]"), "bz2"),
     (re.compile(rb"\xfd7zXZ\x00"), "xz"),
+    # Properties, a dictionary's size, and the length of what is packed, if it is known: xz's forerunner has no magic.
+    (re.compile(rb"\x5d\x00\x00..(\xff{8}|.{5}\x00{3})", re.DOTALL), "lzma"),
     # A frame, or a skippable one, with which parallel compressors begin.
     (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", re.DOTALL), "zstd"),
 )
 _BOM = b"\xef\xbb\xbf"
 _UTF16 = re.compile(rb"\xff\xfe|\xfe\xff|\x00\x00\xfe\xff|[^\x00]\x00[^\x00]?\x00|\x00[^\x00]\x00[^\x00]", re.DOTALL)
+# The first line of a table: names, one of them the row's id.
+_TABLE = re.compile(rb"""(?:["\w. -]+[,;\t])*"?(?:custom_)?id"?(?:[,;\t]["\w. -]+)+\r?\n|"?(?:custom_)?id"?[,;\t]""")
+_TABLE_NAME = re.compile(r"\.(csv|tsv)$", re.IGNORECASE)
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0e-\x1f]")
 # Names by which a file says that it is more than text.
-_PACKED_NAME = re.compile(r"\.(gz|gzip|bz2|xz|zst|zstd|parquet)$", re.IGNORECASE)
+_PACKED_NAME = re.compile(r"\.(gz|gzip|bz2|xz|lzma|zst|zstd|parquet)$", re.IGNORECASE)
 
 
 class InputUnusable(Exception):
@@ -108,11 +113,16 @@ def _check_text(source: str, head: bytes, kind: str | None) -> None:
     start = head.removeprefix(_BOM).lstrip()
     if start[:1] in (b"{", b"[", b""):
         return
+    if _TABLE.match(start) or _TABLE_NAME.search(_path(source)):
+        raise InputUnusable(
+            f'input {source} is a table (CSV); convert it to Parquet: python -c "import pyarrow.csv as c, '
+            f"pyarrow.parquet as p; p.write_table(c.read_csv('{source}'), 'rows.parquet')\""
+        )
     promised = kind is None and _PACKED_NAME.search(_path(source))
     if promised or _kind(head) or b"\0" in head or (_CONTROL.search(head) and not _is_utf8(head)):
         raise InputUnusable(
-            f"input {source} is neither JSON nor Parquet, nor JSON packed with gz, bz2, xz or zst: it begins with "
-            f"{head[:4].hex(' ')}{within}; convert or unpack it"
+            f"input {source} is neither JSON nor Parquet, nor JSON packed with gz, bz2, xz, lzma or zst: it begins "
+            f"with {head[:4].hex(' ')}{within}; convert or unpack it"
         )
 
 
@@ -125,10 +135,12 @@ def _is_utf8(head: bytes) -> bool:
 
 
 class _Xz:
-    """The streams of an xz file one after another. Python's own reader passes over what follows a damaged header."""
+    """The streams of an xz or lzma file one after another. Python's own reader passes over what follows a damaged
+    header."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BinaryIO, form: int = lzma.FORMAT_XZ):
         self._file = file
+        self._form = form
         self._decompressor: lzma.LZMADecompressor | None = None
         self._rest = b""
 
@@ -153,13 +165,13 @@ class _Xz:
             self._rest = self._file.read(CHUNK_BYTES)
             if not self._rest:
                 return False
-        self._rest, self._decompressor = rest, lzma.LZMADecompressor(lzma.FORMAT_XZ)
+        self._rest, self._decompressor = rest, lzma.LZMADecompressor(self._form)
         return True
 
 
 # Arrow's readers notice a truncated stream and read several frames as one.
 _UNPACKED = {codec: partial(pa.CompressedInputStream, compression=codec) for codec in ("gzip", "bz2", "zstd")}
-_UNPACKED["xz"] = _Xz
+_UNPACKED |= {"xz": _Xz, "lzma": partial(_Xz, form=lzma.FORMAT_ALONE)}
 
 
 # Faults

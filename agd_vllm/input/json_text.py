@@ -1,4 +1,4 @@
-"""JSON text cut into rows before it is parsed: one to a line, or the elements of one array that is the file."""
+"""JSON text cut into rows before it is parsed: one to a line, the elements of arrays, or objects over several lines."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ SHOWN_CHARACTERS = 2000
 _BETWEEN = re.compile(rb"[ \t\r\n,]*")
 _AFTER_SCALAR = re.compile(rb"[ \t\r\n,\]]")
 _OUTSIDE_STRING = re.compile(rb'["{}\[\]]')
+# An object that begins on a line and goes on on the next one: with its first key, or with its end.
+_OVER_LINES = re.compile(rb'\{[ \t]*\r?\n[ \t\r\n]*["}]')
 _INSIDE_STRING = re.compile(rb'["\\]')
 
 
@@ -25,35 +27,42 @@ class ArrayNotClosed(Exception):
 class RowText:
     """The text of a row, in bytes, and its first physical line, counted from 1. Of an `oversized` one only the head.
 
-    `form`: a `line`, an `element` of an array, or the `rest` of the line on which an array ends.
+    `form`: a `line`, an `element` of an array, a `value` among others, or the `rest` of the line on which an array
+    ends.
     """
 
     line: int
     text: bytes
     oversized: bool
-    form: Literal["line", "element", "rest"] = "line"
+    form: Literal["line", "element", "value", "rest"] = "line"
 
 
-def row_texts(chunks: Iterator[bytes]) -> Iterator[RowText]:
-    """Every row of a text: its lines, or where it begins with an array of objects that array's elements, up to its end.
+def row_texts(chunks: Iterator[bytes], line: int = 1) -> Iterator[RowText]:
+    """Every row of a text that begins on this line: its lines; or the elements of the arrays of objects with which it
+    begins, up to their end; or, where its first object goes on on the next line, its values, as jq writes them.
 
     Memory is bounded by the longest row that is not oversized. Raises ArrayNotClosed.
     """
-    line, head = _beginning(chunks, b"", 1)
+    line, head = _beginning(chunks, b"", line)
     if not head.startswith(b"["):
-        yield from _lines(itertools.chain([head], chunks), line)
+        cut = _Values(head, chunks, line, "value").elements() if _OVER_LINES.match(head) else None
+        yield from cut or _lines(itertools.chain([head], chunks), line)
         return
     second, inside = _beginning(chunks, head[1:], line)
     if inside[:1] not in (b"{", b"]"):
         yield from _lines(itertools.chain([b"[" + b"\n" * (second - line) + inside], chunks), line)
         return
-    array = _Array(inside, chunks, second)
+    array = _Values(inside, chunks, second, "element")
     told = False  # of the line or lines of the array
     for element in array.elements():
         told = True
         yield element
-    form = "rest"
-    for row in _lines(itertools.chain([array.rest()], chunks), array.line):
+    after, rest = _beginning(chunks, array.rest(), array.line)
+    if rest.startswith(b"["):
+        yield from row_texts(itertools.chain([rest], chunks), after)
+        return
+    form = "rest" if after == array.line else "line"
+    for row in _lines(itertools.chain([rest], chunks), after):
         if row.text.strip():
             if not told and form == "line":
                 yield RowText(line, b"[]", False)  # no array of rows, but a line among others
@@ -94,10 +103,12 @@ def _lines(chunks: Iterator[bytes], number: int) -> Iterator[RowText]:
         yield RowText(number, bytes(head), oversized)
 
 
-class _Array:
-    """A text from behind the opening bracket of an array on: finds where each element ends without parsing it."""
+class _Values:
+    """A text of values, each an `element` from behind the opening bracket of an array on, or a `value` among others:
+    finds where each ends without parsing it."""
 
-    def __init__(self, head: bytes, chunks: Iterator[bytes], line: int):
+    def __init__(self, head: bytes, chunks: Iterator[bytes], line: int, form: Literal["element", "value"]):
+        self._form = form
         self._buffer = bytearray(head)
         self._chunks = chunks
         self._at = 0  # what lies before it has been passed
@@ -107,10 +118,13 @@ class _Array:
         while True:
             self._pass(_BETWEEN.match(self._buffer, self._at).end())
             if self._at == len(self._buffer):
-                self._read_on()
+                if not self._read_on():
+                    return
             elif self._buffer[self._at] == ord("]"):
                 self._pass(self._at + 1)
-                return
+                if self._form == "element":
+                    return
+                yield RowText(self.line, b"]", False, self._form)
             else:
                 yield self._element()
 
@@ -127,11 +141,13 @@ class _Array:
                 head = head or self._copy(self._at + SHOWN_CHARACTERS)
                 self._pass(len(self._buffer))
             where = ends.reached - self._at  # from here on the buffer begins with what has not been passed
-            self._read_on()
+            if not self._read_on():
+                end = len(self._buffer)
+                break
         oversized = head is not None or end - self._at > MAX_ROW_BYTES
         text = head or self._copy(min(end, self._at + SHOWN_CHARACTERS) if oversized else end)
         self._pass(end)
-        return RowText(line, text, oversized, "element")
+        return RowText(line, text, oversized, self._form)
 
     def _copy(self, end: int) -> bytes:
         with memoryview(self._buffer) as view:
@@ -141,13 +157,17 @@ class _Array:
         self.line += self._buffer.count(b"\n", self._at, end)
         self._at = end
 
-    def _read_on(self) -> None:
+    def _read_on(self) -> bool:
+        """False where the text ends. Raises ArrayNotClosed where it may not."""
         chunk = next(self._chunks, None)
         if chunk is None:
-            raise ArrayNotClosed
+            if self._form == "element":
+                raise ArrayNotClosed
+            return False
         del self._buffer[: self._at]
         self._at = 0
         self._buffer += chunk
+        return True
 
 
 class _Ends:

@@ -169,6 +169,8 @@ def _parquet_rows(opened: OpenInput, source: str) -> Iterator[_Read]:
 
 # JSON
 
+_NAMES = {"element": "element of the array", "value": "object, and put what follows it on a line of its own"}
+
 
 def _texts(opened: OpenInput, source: str) -> Iterator[RowText]:
     """The texts of rows; blank lines are none."""
@@ -204,7 +206,7 @@ def _parse_json(row: RowText) -> Any:
         raise RowRefused("invalid_utf8", message) from None
     except json.JSONDecodeError as error:
         place = f"{error.msg} at character {error.pos + 1}"
-        hint = "put one JSON object on each line" if what == "line" else "mend this element of the array"
+        hint = "put one JSON object on each line" if what == "line" else f"repair this {_NAMES[row.form]}"
         raise RowRefused("invalid_json", f"the {what} is not JSON: {place}; {hint}") from None
     except RecursionError:
         raise RowRefused("too_deep", f"the row nests deeper than {MAX_DEPTH} levels; flatten it") from None

@@ -447,6 +447,7 @@ def test_a_place_is_short_and_on_one_line_whatever_the_keys():
 
 
 PACK = {"gz": gzip.compress, "zst": zstandard.compress, "bz2": bz2.compress, "xz": partial(lzma.compress, preset=0)}
+PACK["lzma"] = partial(lzma.compress, preset=0, format=lzma.FORMAT_ALONE)
 SUFFIXES = ("jsonl", *PACK)
 
 
@@ -536,7 +537,7 @@ def test_a_bad_element_is_an_error_of_that_row_only(tmp_path):
     ]
     bad = read(str(path))[2]
     assert bad.input == '{"id": "b", "prompt": }'
-    assert bad.message == "the row is not JSON: Expecting value at character 23; mend this element of the array"
+    assert bad.message == "the row is not JSON: Expecting value at character 23; repair this element of the array"
 
 
 def test_lines_after_an_array_are_rows_and_nothing_is_lost(tmp_path):
@@ -574,11 +575,62 @@ def test_an_array_that_is_not_closed_ends_the_run_after_the_rows_before(tmp_path
         next(rows)
 
 
+def test_arrays_one_after_another_are_read_to_the_last(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS[:1]) + json.dumps(ROWS[1:2], indent=1) + "\n[]\n\n" + json.dumps(ROWS[2:]) + "\n")
+    found = read(str(path))
+    assert [row.id for row in found] == [row["id"] for row in ROWS]
+    assert found[0].line == 1 and found[2].line == path.read_text().count("\n")
+
+
+@pytest.mark.parametrize("indent", [0, 2, "\t"])
+def test_objects_over_several_lines_are_read_as_jq_writes_them(tmp_path, indent):
+    path = tmp_path / "rows.json"
+    texts = [json.dumps(row, indent=indent) for row in ROWS]
+    path.write_text("\n" + "\n".join(texts))
+    assert [(row.id, row.line) for row in read(str(path))] == [
+        (row["id"], 2 + sum(text.count("\n") + 1 for text in texts[:place])) for place, row in enumerate(ROWS)
+    ]
+
+
+def test_among_objects_over_several_lines_a_bad_one_is_an_error_of_its_own(tmp_path):
+    good = [json.dumps({**RAW, "id": name}, indent=1) for name in "ab"]
+    path = tmp_path / "rows.json"
+    path.write_text("\n".join((good[0], '{\n "id": "x",\n "prompt": }', "7", "]", good[1], '{\n "id": "cut"')))
+    found = [(getattr(row, "type", "valid"), row.line) for row in read(str(path))]
+    assert [kind for kind, _ in found] == [
+        "valid",
+        "invalid_json",
+        "not_an_object",
+        "invalid_json",
+        "valid",
+        "invalid_json",
+    ]
+    assert [line for _, line in found][1:4] == [5, 8, 9]
+
+
+def test_a_line_that_breaks_off_stays_one_bad_line(tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", b'{"id": "x", ', json.dumps(RAW).encode())
+    bad, good = read(path)
+    assert (bad.type, bad.line, good.id, good.line) == ("invalid_json", 1, "p1", 2)
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text('"\\[]{},:\n é🤖a'),
     lambda parts: st.lists(parts) | st.dictionaries(st.text('"\\[]{}a'), parts),
     max_leaves=12,
 )
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(VALUES.filter(lambda value: not isinstance(value, int))), st.sampled_from([0, 2]), st.integers(1, 9))
+def test_values_are_found_wherever_chunks_end(values, indent, size):
+    values.insert(0, {"a": 1})
+    text = "\n".join(json.dumps(value, indent=indent) for value in values).encode()
+    chunks = [text[:12], *(text[start : start + size] for start in range(12, len(text), size))]
+    rows = [row for row in row_texts(iter(chunks)) if row.text.strip()]
+    assert {row.form for row in rows} == {"value"}
+    assert [json.loads(row.text) for row in rows] == values
 
 
 @settings(max_examples=300, deadline=None)
@@ -785,6 +837,10 @@ def in_parquet(names):
         ("rows.pickle", pickle.dumps([RAW]), "neither JSON nor Parquet"),
         ("twice.gz", gzip.compress(gzip.compress(b"{}", mtime=0), mtime=0), "begins with 1f 8b 08 00 within gzip"),
         ("parquet.bz2", bz2.compress(b"PAR1" + b"x" * 100), "begins with 50 41 52 31 within bz2"),
+        ("rows.csv", b"name,prompt\na,b\n", "is a table (CSV); convert it to Parquet: python -c"),
+        ("rows.txt", b'"id","prompt"\n"a","b"\n', "is a table (CSV)"),
+        ("rows", b"prompt\tid\tmax_tokens\nx\ta\t3\n", "is a table (CSV)"),
+        ("rows.csv.gz", gzip.compress(b"id;prompt\na;b\n", mtime=0), "is a table (CSV)"),
         ("columns.parquet", in_parquet(["id", "prompt", "prompt"]), "two columns that are named prompt"),
         ("", None, "is a directory"),
     ],
