@@ -18,8 +18,9 @@ GUIDED = ("candidate_ids", "chosen_id", "greedy_id")
 
 def run(rows, model, output, *options, **environment):
     command = [sys.executable, "-m", "agd_vllm", "decode", str(rows), "--model", str(model), "--output", str(output)]
-    command += ["--dtype", "float32", "--max-model-len", "1024", "--engine-arg", "kv_cache_memory_bytes=536870912"]
-    command += ["--engine-arg", "enforce_eager=true", *options]
+    command += ["--dtype", "float32", "--max-model-len", "1024", "--engine-arg", "enforce_eager=true", *options]
+    if not any("kv_cache_memory_bytes" in option for option in options):
+        command += ["--engine-arg", "kv_cache_memory_bytes=536870912"]
     return subprocess.run(
         command, cwd=CHECKOUT, env=os.environ | environment, capture_output=True, text=True, timeout=580
     )

@@ -47,7 +47,7 @@ def test_a_local_ray_starts_without_a_home():
         "import ray\n"
         "from agd_vllm.pipeline.placement import connect, _stop_ray\n"
         "from agd_vllm.pipeline.teams import Demand\n"
-        "connect(Demand(1, 0, 1), debug=False); print(ray.get(ray.remote(lambda: 7).remote())); _stop_ray()"
+        "connect(Demand(1, 0, 1), debug=False); print(ray.get(ray.remote(num_cpus=0)(lambda: 7).remote())); _stop_ray()"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"HOME": NO_HOME}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
