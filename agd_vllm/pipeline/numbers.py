@@ -13,7 +13,7 @@ MAX_SEED = 2**32 - 1  # numpy, which vLLM seeds, takes no other
 
 
 def check_whole(name: str, value: Any) -> None:
-    """Raises ValueError, in one line, for what is no int of int32 (a seed: of uint32)."""
+    """Raises ValueError, in one line, unless `value` is an int of int32 (a seed: of uint32)."""
     if type(value) is not int:
         raise ValueError(f"{name} {_shown(value)}: must be a whole number, not {type(value).__name__}")
     low, high = (0, MAX_SEED) if name == "seed" else (-INT32_MAX, INT32_MAX)
@@ -22,7 +22,7 @@ def check_whole(name: str, value: Any) -> None:
 
 
 def check_real(name: str, value: Any) -> None:
-    """Raises ValueError, in one line, for what is no number or not finite in float32; tau may be infinite."""
+    """Raises ValueError, in one line, unless `value` is a number, finite in float32; tau may be infinite."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} {_shown(value)}: must be a number, not {type(value).__name__}")
     if name == "tau" and value == math.inf:
