@@ -32,12 +32,13 @@ from ray._private.async_compat import get_new_event_loop
 
 from agd_vllm.attribution.batch_bounds import BatchBounds
 from agd_vllm.attribution.worker import ScoredBatch
-from agd_vllm.engine.settings import EngineSettings, GateSettings
+from agd_vllm.engine.settings import EngineSettings
 from agd_vllm.models.inspect import inspect_model
 from agd_vllm.pipeline import placement
 from agd_vllm.pipeline.replica import Replica
 from agd_vllm.pipeline.teams import Demand
 from agd_vllm.records import DecodedRow, PreparedRow, Roi, ScoreRequest, Span
+from agd_vllm.strategies.agd import Agd
 from agd_vllm.trace import Span as Traced
 from benchmarks.machine import write_result
 from benchmarks.random_model import SHAPES, of_shape
@@ -147,7 +148,7 @@ async def points(model: str, rows: list[int], steps: int, turns: int) -> list[di
         max_model_len=2048,
         engine_args={"enforce_eager": True, "kv_cache_memory_bytes": 1 << 28, "enable_prefix_caching": False},
     )
-    replica = Replica(info, engine, GateSettings(tau=0.0, min_prob=0.0), traced=True, debug=False)
+    replica = Replica(info, engine, Agd(tau=0.0, min_prob=0.0), traced=True, debug=False)
     await replica.start()
     worker = ray.remote(AnswersAtOnce).options(num_cpus=0).remote()
     await replica.attach([worker], True, None, BatchBounds())

@@ -36,11 +36,13 @@ from agd_vllm.attribution.worker import ScoredBatch
 from agd_vllm.engine.admission import Admission
 from agd_vllm.engine.events import Finished
 from agd_vllm.engine.occupancy import Occupancy
+from agd_vllm.engine.settings import GateSettings
 from agd_vllm.faults import FaultLog
 from agd_vllm.pipeline.replica import POOL_DEADLINE_S
-from agd_vllm.pipeline.row_loop import decode_row
 from agd_vllm.pipeline.teams import teams
 from agd_vllm.records import Gate, PreparedRow, Roi, ScoreRequest, Span
+from agd_vllm.strategies.agd import Agd
+from agd_vllm.strategies.row_loop import decode_row
 from agd_vllm.trace import Tracer
 from benchmarks.machine import write_result
 
@@ -178,8 +180,8 @@ class SimulatedEngine:
         self.busy = 0.0
 
     @asynccontextmanager
-    async def session(self, row: PreparedRow, gated: bool, stops):
-        async with self._admission.reserve(row, gated):
+    async def session(self, row: PreparedRow, stops, gate: GateSettings | None = None, repetition_penalty: float = 1.0):
+        async with self._admission.reserve(row, gate is not None):
             with self.occupancy.session():
                 yield SimulatedSession(self, stops, self._lengths[row.id])
 
@@ -222,7 +224,9 @@ async def simulate(measured: Measured, engines: int, workers: int, sessions: int
         made.append(engine)
         for name, (prompt, output) in chosen.items():
             row = PreparedRow(name, [TOKEN] * prompt, ROI, output + 1)
-            tasks.append(asyncio.create_task(decode_row(engine, pool, row, tokenizer, frozenset([EOS]), FaultLog())))
+            tasks.append(
+                asyncio.create_task(decode_row(engine, pool, row, tokenizer, frozenset([EOS]), FaultLog(), Agd()))
+            )
     done = await asyncio.gather(*tasks)
     seconds = loop.time()
     return {

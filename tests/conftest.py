@@ -126,7 +126,7 @@ class EngineThread:
     def __init__(self, model: Path, processors: tuple[str, ...] = (), plain: bool = False, **engine_args: Any):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from agd_vllm.engine.engine import Engine
-        from agd_vllm.engine.settings import EngineSettings, GateSettings
+        from agd_vllm.engine.settings import EngineSettings
         from agd_vllm.models.inspect import inspect_model
         from agd_vllm.trace import Tracer
 
@@ -139,7 +139,7 @@ class EngineThread:
             processors=processors,
             plain=plain,
         )
-        self.engine = Engine(self.info, settings, GateSettings(), Tracer(False))
+        self.engine = Engine(self.info, settings, Tracer(False))
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         before = vllm_workers()
@@ -153,18 +153,18 @@ class EngineThread:
     def run(self, coroutine, timeout: float = 300):
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout)
 
-    def decode(self, rows: list[PreparedRow], pool=None, strategy=None, **gate: float):
-        """Decodes rows side by side under a gate of these settings; exceptions come as results."""
-        from agd_vllm.engine.settings import GateSettings
+    def decode(self, rows: list[PreparedRow], pool=None, strategy=None, seed: int = 0, **gate: float):
+        """Decodes rows side by side, by AGD under a gate of these settings unless a `strategy` is given; exceptions
+        come as results."""
         from agd_vllm.faults import FaultLog
-        from agd_vllm.pipeline.row_loop import decode_row
-        from agd_vllm.pipeline.strategies import AGD
+        from agd_vllm.strategies.agd import Agd
+        from agd_vllm.strategies.row_loop import decode_row
 
-        self.engine._gate = GateSettings(**gate)
+        strategy = strategy or Agd(**gate)
         self.faults = FaultLog()
 
         async def everything():
-            common = (self.tokenizer, self.info.eos_ids, self.faults, strategy or AGD)
+            common = (self.tokenizer, self.info.eos_ids, self.faults, strategy, seed)
             loops = (decode_row(self.engine, pool, row, *common) for row in rows)
             return await asyncio.gather(*loops, return_exceptions=True)
 
@@ -192,11 +192,12 @@ class TightEngine(EngineThread):
     ALPHA, TOKENS_PER_STEP, SESSIONS = 0.7, 48, 6
 
     def __init__(self, model: Path):
-        from agd_vllm.pipeline.strategies import Cad, Greedy
+        from agd_vllm.strategies.cad import Cad
+        from agd_vllm.strategies.greedy import Greedy
 
         super().__init__(
             model,
-            (*Cad(self.ALPHA).processors, *Greedy(entropies=True).processors),
+            (*Cad(cad_alpha=self.ALPHA).processors, *Greedy(entropies=True).processors),
             max_model_len=4224,
             max_num_batched_tokens=self.TOKENS_PER_STEP,
             max_num_seqs=self.SESSIONS,

@@ -31,7 +31,7 @@ class Decoding:
     faults: dict = field(default_factory=lambda: {"worker_restarts": 1})
     roi_heads: tuple = ()
     waiting_for_attribution: int = 0
-    model = SimpleNamespace(path="model")
+    model = SimpleNamespace(path="model", digest=None)
 
     def __enter__(self):
         return self
@@ -69,7 +69,7 @@ def dataset(tmp_path, monkeypatch):
         monkeypatch.setattr(run_module, "Decoder", make)
         error = None
         try:
-            run_dataset(RunSettings((str(source),), str(output), part_rows=100), DecoderOptions(model="model"))
+            run_dataset(RunSettings((str(source),), str(output), part_rows=100), DecoderOptions.of(model="model"))
         except BaseException as raised:
             error = raised
         return made[0], error

@@ -18,6 +18,7 @@ LEVELS = [
     ("output", "models"),
     ("attribution", "engine"),
     ("inline", "dola", "steering"),
+    ("strategies",),
     ("pipeline",),
     ("evaluation", "reporting"),
     ("commands",),

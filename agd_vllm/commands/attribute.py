@@ -9,6 +9,7 @@ from click.core import ParameterSource
 
 from agd_vllm.commands import options as shared
 from agd_vllm.commands.process import ROWS_FAILED, quiet_unless
+from agd_vllm.strategies.strategy import DTYPES
 
 INTEGRATED = "ig"
 # What decodes answers where rows give none: with --run the answers are there.
@@ -36,7 +37,7 @@ DECODING = ("engines", "max_tokens", "max_model_len", "dtype", "engine_args", "c
 @shared.workers_option
 @shared.length_options
 @shared.dtype_option
-@shared.attribution_dtype_option
+@click.option("--attribution-dtype", type=click.Choice(DTYPES), help="[default: as --dtype]")
 @shared.vllm_options
 @shared.limit_option
 @shared.seed_option
@@ -74,16 +75,8 @@ def attribute(
 
     failed = 0
     if run_directory is None:
-        options = DecoderOptions(
-            model=model,
-            strategy="greedy",
-            # Nothing is guided, and no run is guided by integrated gradients.
-            rule="attnlrp" if rule in (None, INTEGRATED) else rule,
-            attribution_dtype=attribution_dtype,
-            trust_remote_code=trust_remote_code,
-            debug=debug,
-            **decoding,
-        )
+        common = {"trust_remote_code": trust_remote_code, "debug": debug}
+        options = DecoderOptions.of(model, "greedy", **common, **decoding)
         failed = run_dataset(RunSettings(inputs, output, limit, given_answers=True), options)
         if failed and not count_outputs(output)["decoded"]:
             ctx.exit(ROWS_FAILED)

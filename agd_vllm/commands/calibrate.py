@@ -45,7 +45,7 @@ def calibrate(
     from agd_vllm.pipeline import calibration
     from agd_vllm.pipeline.options import DecoderOptions
 
-    decoder_options = DecoderOptions(**options, strategy="greedy", entropies=True)
+    decoder_options = DecoderOptions.of(**options, strategy="greedy", entropies=True)
     try:
         failed = calibration.calibrate(
             calibration.CalibrationSettings(inputs, output, percentile, limit), decoder_options

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from typing import Any
 
 import click
 
 from agd_vllm.commands import options as shared
+from agd_vllm.commands.groups import GroupedCommand
 from agd_vllm.commands.process import ROWS_FAILED, quiet_unless
+from agd_vllm.strategies.registry import STRATEGIES
 
 
-@click.command()
+def _strategies() -> str:
+    """How each strategy chooses a token, as a paragraph of --help that keeps its lines."""
+    lines = ["\b", "How a token is chosen (--strategy):"]
+    for name, strategy in STRATEGIES.items():
+        first, *rest = textwrap.wrap(strategy.summary, 90, break_on_hyphens=False)
+        lines += [f"  {name:17} {first}", *(f"  {'':17} {line}" for line in rest)]
+    return "\n".join(lines)
+
+
+@click.command(cls=GroupedCommand)
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("--output", help="Output directory, local or any fsspec URL (not needed with --dry-run).")
 @shared.model_option
-@shared.strategy_options
-@shared.gate_options
+@shared.strategy_option
+@shared.strategy_flags
 @shared.roi_option
-@shared.scorer_options
 @shared.engines_option
 @shared.workers_option
 @shared.length_options
 @shared.dtype_option
-@shared.attribution_dtype_option
 @shared.vllm_options
 @shared.limit_option
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
@@ -58,26 +69,12 @@ def decode(
     fsspec URLs.
 
     Results land in DIR/results, guided steps in DIR/steps, failed rows in DIR/errors.jsonl.
-
-    \b
-    How a token is chosen (--strategy):
-      agd               where the next token is uncertain (--tau), the candidate that the region supports most
-                        (arXiv 2509.26307); the most probable token elsewhere
-      greedy            the most probable token at every step; regions are ignored
-      cad               the token that the region makes more probable than the same prompt without it (--cad-alpha),
-                        at every step (arXiv 2305.14739)
-      dola              the token that the last layer makes more probable than an earlier layer (--dola-layers), at
-                        every step; regions are ignored (arXiv 2309.03883)
-      steer             the most probable token of a model whose streams have a vector added (--steering), at every
-                        step; regions are ignored (arXiv 2507.18043)
-      emphasize         the most probable token, with the region said again at the end of the last user message
-      random-candidate  a control for agd: the same uncertain steps and candidates, chosen at random (--seed)
     """
     quiet_unless(options["debug"])
     from agd_vllm.pipeline.options import DecoderOptions
     from agd_vllm.pipeline.run import RunSettings, preview, run_dataset
 
-    decoder_options = DecoderOptions(**options)
+    decoder_options = DecoderOptions.of(**shared.given_options(options))
     if dry_run:
         failed = preview(inputs, decoder_options, limit)
     else:
@@ -85,3 +82,6 @@ def decode(
             raise click.UsageError("--output DIR is missing; say where the results go (or try --dry-run)")
         failed = run_dataset(RunSettings(inputs, output, limit, resume, part_rows, part_seconds), decoder_options)
     ctx.exit(ROWS_FAILED if failed else 0)
+
+
+decode.help = f"{inspect.cleandoc(decode.help)}\n\n{_strategies()}"

@@ -7,11 +7,13 @@ from typing import Any
 import click
 
 from agd_vllm.commands import options as shared
+from agd_vllm.commands.groups import GroupedCommand
 from agd_vllm.commands.process import ROWS_FAILED, quiet_unless
 from agd_vllm.evaluation.suites import SUITES
+from agd_vllm.strategies.registry import OPTIONS
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.option("--suite", type=click.Choice(list(SUITES)), required=True)
 @click.option(
     "--data",
@@ -35,13 +37,12 @@ from agd_vllm.evaluation.suites import SUITES
     show_default=True,
     help="nq: passages of other rows beside a row's own, drawn with --seed.",
 )
-@shared.gate_options
+@shared.own_options("tau", "top_k", "min_prob", "attribution_dtype")
 @shared.roi_option
 @shared.engines_option
 @shared.workers_option
 @shared.length_options
 @shared.dtype_option
-@shared.attribution_dtype_option
 @shared.vllm_options
 @shared.seed_option
 @shared.process_options
@@ -69,8 +70,8 @@ def evaluate(
     from agd_vllm.evaluation.strategies import parse_strategies
     from agd_vllm.pipeline.options import DecoderOptions
 
-    shared_options = DecoderOptions(**options)
-    parsed = parse_strategies(strategies, shared_options)
+    parsed = parse_strategies(strategies, shared.given_options(options))
+    common = DecoderOptions.of(strategy="greedy", **{k: v for k, v in options.items() if k not in OPTIONS})
     settings = EvaluationSettings(suite, data, output, limit, distractors)
-    failed = run_evaluation(settings, shared_options, parsed, click.echo)
+    failed = run_evaluation(settings, common, parsed, click.echo)
     ctx.exit(ROWS_FAILED if failed else 0)

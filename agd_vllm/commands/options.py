@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import Field
 from typing import Any
 
 import click
 
+from agd_vllm.commands.groups import GroupedOption
 from agd_vllm.input.named_once import NamedTwice, named_once, parse_json
+from agd_vllm.strategies.agd import Agd
+from agd_vllm.strategies.registry import OPTIONS, STRATEGIES, owners
 
 Decorator = Callable[[Callable], Callable]
 
@@ -65,70 +69,36 @@ model_option = click.option("--model", required=True, help="Local model folder o
 
 limit_option = click.option("--limit", type=int, callback=at_least_one, help="Only the first N rows.")
 
-strategy_options = _together(
-    click.option(
-        "--strategy",
-        type=click.Choice(["agd", "greedy", "cad", "dola", "steer", "emphasize", "random-candidate"]),
-        default="agd",
-        show_default=True,
-        help="How the next token is chosen: see above.",
-    ),
-    click.option(
-        "--cad-alpha",
-        type=float,
-        default=0.5,
-        show_default=True,
-        help="For cad: (1 + alpha) * logits with the region - alpha * logits without; 0 is greedy.",
-    ),
-    click.option(
-        "--dola-layers",
-        default="low",
-        show_default=True,
-        metavar="low|high|I,J,...",
-        help="For dola: the layers to contrast with, every other one of the lower or upper half, or by number (0: the "
-        "embeddings).",
-    ),
-    click.option(
-        "--dola-relative-top",
-        type=float,
-        default=0.1,
-        show_default=True,
-        help="For dola: of tokens with this share of the greatest probability; 1 is greedy.",
-    ),
-    click.option(
-        "--steering",
-        metavar="FILE",
-        help="For steer: vectors by layer, which `agd-vllm vectors` makes; local or any fsspec URL.",
-    ),
-    click.option(
-        "--steering-strength",
-        type=float,
-        default=1.0,
-        show_default=True,
-        help="For steer: how often the vector is added; 0 is greedy, below 0 away from what it stands for.",
-    ),
-    click.option(
-        "--steering-norm/--no-steering-norm",
-        default=True,
-        show_default=True,
-        help="For steer: whether each token's stream keeps its length.",
-    ),
-    click.option(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        show_default=True,
-        help="Logits of tokens that prompt or answer hold are divided by it, negative ones multiplied, before anything "
-        "is chosen (the published DoLa scripts take 1.2); not with attribution workers, nor for random-candidate.",
-    ),
-)
 
-gate_options = _together(
-    click.option(
-        "--tau", type=float, default=1.734, show_default=True, help="Gate threshold in nats; 0 guides every step."
-    ),
-    click.option("--top-k", type=int, default=5, show_default=True, help="Size of the candidate set."),
-    click.option("--min-prob", type=float, default=0.05, show_default=True, help="Candidate floor pi_min."),
+def own_options(*names: str) -> Decorator:
+    """The flags of strategies' options, as their dataclasses name them; None where the command line gives none."""
+    return _together(*(_own_option(OPTIONS[name]) for name in names))
+
+
+def _own_option(option: Field) -> Decorator:
+    """Without a default, so that an option of another strategy is refused only where the command line gives it."""
+    flag, told, default = option.name.replace("_", "-"), option.metadata, option.default
+    shown = told["help"] if default is None else f"{told['help']} [default: {default}]"
+    common = {"cls": GroupedOption, "group": f"Options of {', '.join(owners(option.name))}", "help": shown}
+    if isinstance(default, bool):
+        return click.option(f"--{flag}/--no-{flag}", option.name, default=None, **common)
+    kind = click.Choice(told["choices"]) if told["choices"] else {"float": float, "int": int}.get(option.type, str)
+    return click.option(f"--{flag}", option.name, type=kind, metavar=told["metavar"], **common)
+
+
+def given_options(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` without those of strategies that the command line does not give."""
+    return {name: value for name, value in options.items() if name not in OPTIONS or value is not None}
+
+
+strategy_flags = own_options(*(name for name, option in OPTIONS.items() if option.metadata["flag"]))
+
+strategy_option = click.option(
+    "--strategy",
+    type=click.Choice(list(STRATEGIES)),
+    default=Agd.name,
+    show_default=True,
+    help="How the next token is chosen: see above.",
 )
 
 roi_option = click.option(
@@ -136,29 +106,6 @@ roi_option = click.option(
     metavar="SELECTOR",
     help="Region for rows that name none: role=ROLE, message=N, text=WORDS, or none (such rows are decoded unguided) "
     "[default: role=system, or none with --roi-heads].",
-)
-
-scorer_options = _together(
-    click.option(
-        "--roi-heads",
-        metavar="FILE",
-        help='Attention heads as region of every row: JSON {"heads": [[layer, head], ...]}; alone or with token spans.',
-    ),
-    click.option(
-        "--scorer",
-        type=click.Choice(["forward", "inline", "lxt"]),
-        default="forward",
-        show_default=True,
-        help="forward: forward-mode AttnLRP on attribution workers; inline: the same inside vLLM's own forward pass, "
-        "without workers and pauses; lxt: the reference, in reverse mode.",
-    ),
-    click.option(
-        "--rule",
-        type=click.Choice(["attnlrp", "cplrp", "ixg"]),
-        default="attnlrp",
-        show_default=True,
-        help="Attribution rule.",
-    ),
 )
 
 engines_option = click.option(
@@ -178,10 +125,6 @@ length_options = _together(
 
 dtype_option = click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True
-)
-
-attribution_dtype_option = click.option(
-    "--attribution-dtype", type=click.Choice(["auto", "float32", "bfloat16"]), help="[default: as --dtype]"
 )
 
 vllm_options = _together(

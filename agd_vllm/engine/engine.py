@@ -42,10 +42,9 @@ ENTROPY_PROCESSOR = "agd_vllm.engine.entropies:EntropyProcessor"
 class Engine:
     """Make and use it inside one running event loop. `start()` loads the model and may take minutes."""
 
-    def __init__(self, model: ModelInfo, settings: EngineSettings, gate: GateSettings, tracer: Tracer):
+    def __init__(self, model: ModelInfo, settings: EngineSettings, tracer: Tracer):
         self._model = model
         self._settings = settings
-        self._gate = gate
         self._tracer = tracer
         self.occupancy = Occupancy()
         self._keys = itertools.count()
@@ -141,18 +140,15 @@ class Engine:
             args["async_scheduling"] = False
         return args
 
-    async def steer(self) -> None:
-        """Tells the model how strongly. After `start`, and with no row in flight."""
-        strength = self._settings.steering_strength
+    async def steer(self, strength: float | None) -> None:
+        """Multiplies the model's steering vectors with `strength` (None: it has none). After `start`, and with no row
+        in flight."""
         if strength is not None:
             await self._llm.collective_rpc("set_steering_strength", args=(strength,))
 
-    async def serve(self, gate: GateSettings, repetition_penalty: float, steering_strength: float | None) -> None:
-        """Goes on with these settings, as if it had been started with them: no prefix is cached from before."""
-        self._gate = gate
-        decided = {"repetition_penalty": repetition_penalty, "steering_strength": steering_strength}
-        self._settings = replace(self._settings, **decided)
-        await self.steer()
+    async def steer_anew(self, strength: float | None) -> None:
+        """As `steer`, for an engine that has decoded: no prefix stays cached from before."""
+        await self.steer(strength)
         await self._llm.reset_prefix_cache()
 
     def limit_attribution(self, cache_tokens: int | None, block_tokens: int) -> None:
@@ -161,24 +157,32 @@ class Engine:
         self._admission.limit_attribution(cache_tokens, block_tokens)
 
     @asynccontextmanager
-    async def session(self, row: PreparedRow, gated: bool, stops, entropies: bool = False):
+    async def session(
+        self,
+        row: PreparedRow,
+        stops,
+        gate: GateSettings | None = None,
+        *,
+        entropies: bool = False,
+        repetition_penalty: float = 1.0,
+    ):
         """Waits for room, opens the row's session, closes it at the end.
 
-        Entropies are recorded for rows without a gate only. Raises RowRefused for too large a row, and for one with
-        more stop tokens than vLLM can hold back until its min_tokens.
+        With a `gate` it pauses there. For rows without one only entropies are recorded and the `repetition_penalty`
+        (as in vLLM's SamplingParams, of prompt and output) is applied. Raises RowRefused for too large a row, and for
+        one with more stop tokens than vLLM can hold back until its min_tokens.
         """
         from agd_vllm.engine.entropies import EntropyParams
         from agd_vllm.engine.gate_params import GateParams
 
         self._check_stops(row)
         if self._settings.plain:
-            async with self.request(row, stops) as request:
+            async with self.request(row, stops, repetition_penalty=repetition_penalty) as request:
                 yield request
             return
-        async with self._admission.reserve(row, gated):
+        async with self._admission.reserve(row, gate is not None):
             params = None
-            if gated:
-                gate = self._gate
+            if gate is not None:
                 params = GateParams(
                     next(self._keys),
                     len(row.prompt_token_ids),
@@ -190,7 +194,7 @@ class Engine:
             elif entropies:
                 params = EntropyParams(next(self._keys), len(row.prompt_token_ids))
                 self._receiver.record_entropies(params.key)
-            session = self._open(row, stops, params)
+            session = self._open(row, stops, params, repetition_penalty)
             try:
                 with self.occupancy.session():
                     yield session
@@ -198,14 +202,20 @@ class Engine:
                 await session.close()
 
     @asynccontextmanager
-    async def request(self, row: PreparedRow, stops, make_params: Callable[[int], Any] | None = None):
+    async def request(
+        self,
+        row: PreparedRow,
+        stops,
+        make_params: Callable[[int], Any] | None = None,
+        repetition_penalty: float = 1.0,
+    ):
         """The row as a plain request, guided by what `make_params` makes of a key; vLLM queues and preempts it."""
         from agd_vllm.engine.plain_request import PlainRequest
 
         self._check_stops(row)
         params = make_params(next(self._keys)) if make_params else None
         sign, told = self.occupancy.sign_of_life, params is None or self._penalizes_first
-        penalty = self._settings.repetition_penalty if told else 1.0
+        penalty = repetition_penalty if told else 1.0
         request = PlainRequest(self._llm, self._receiver, row, stops, f"{next(self._keys)}", params, sign, penalty)
         try:
             with self.occupancy.session():
@@ -224,8 +234,11 @@ class Engine:
             )
 
     @asynccontextmanager
-    async def pair(self, row: PreparedRow, without_region: list[int], alpha: float, stops):
-        """As `session`, for a row and its contrast with the prompt `without_region`, side by side."""
+    async def pair(
+        self, row: PreparedRow, without_region: list[int], alpha: float, stops, repetition_penalty: float = 1.0
+    ):
+        """As `session`, for a row and its contrast with the prompt `without_region`, side by side. The contrast is
+        penalised, by the prompt with the region and the output."""
         from agd_vllm.engine.contrast import ContrastParams
         from agd_vllm.engine.pair import PairSession
 
@@ -241,7 +254,7 @@ class Engine:
                     len(stops.token_ids),
                     self._model.pause_id,
                     alpha,
-                    self._settings.repetition_penalty,
+                    repetition_penalty,
                 )
                 for sequence in (row, beside)
             ]
@@ -256,14 +269,10 @@ class Engine:
                 self._pair_slots.append(slot)
                 await pair.close()
 
-    def _open(self, row: PreparedRow, stops, params):
-        from agd_vllm.engine.contrast import ContrastParams
+    def _open(self, row: PreparedRow, stops, params, repetition_penalty: float = 1.0):
         from agd_vllm.engine.session import Session
 
-        settings, sign = self._settings, self.occupancy.sign_of_life
-        # What is penalised of a pair is its contrast.
-        penalty = 1.0 if isinstance(params, ContrastParams) else settings.repetition_penalty
-        common = (self._keys, settings.deadline_s, sign, penalty)
+        common = (self._keys, self._settings.deadline_s, self.occupancy.sign_of_life, repetition_penalty)
         return Session(self._llm, self._receiver, row, stops, params, *common)
 
     def _trace_step(self, step: EngineStep) -> None:

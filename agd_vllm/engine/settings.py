@@ -22,11 +22,8 @@ class EngineSettings:
     `cores`: the CPU cores that vLLM's threads are bound to (CPU only; None leaves it to vLLM). `deadline_s`: a session
     that gives no token for so long, while others do, is opened anew; it must bear the prefill of many long prompts.
     `plain`: rows are plain requests, which never pause; no gate is installed then. `processors`: logits processors
-    beside the gate. `repetition_penalty` as in vLLM's SamplingParams, of prompt and output; rows that pause at a gate
-    have none, of a pair the contrast is penalised, by the prompt with the region and the output.
-    `steering_strength`: of the vectors that the engine's model adds to its streams; None where it has none.
-    `kv_planes`: vectors of each head that the KV cache has for a token, more than keys and values where tangents are
-    beside them.
+    beside the gate. `kv_planes`: vectors of each head that the KV cache has for a token, more than keys and values
+    where tangents are beside them.
     """
 
     dtype: str = "auto"
@@ -36,8 +33,6 @@ class EngineSettings:
     deadline_s: float = 1200.0
     processors: tuple[str, ...] = ()
     plain: bool = False
-    repetition_penalty: float = 1.0
-    steering_strength: float | None = None
     kv_planes: int = 2
     cores: list[int] | None = None
     engine_args: dict[str, Any] = field(default_factory=dict)

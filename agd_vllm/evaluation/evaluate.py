@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from agd_vllm.evaluation.outcomes import Outcome, read_outcomes
 from agd_vllm.evaluation.passes import forward_passes
 from agd_vllm.evaluation.scoring import Scores, check_metadata, score
-from agd_vllm.evaluation.strategies import Strategy, reference
+from agd_vllm.evaluation.strategies import EvaluatedStrategy, reference
 from agd_vllm.evaluation.suites import Row, read_suite
 from agd_vllm.evaluation.table import markdown, record
 from agd_vllm.input.schema import row_id
@@ -22,6 +22,7 @@ from agd_vllm.output.summary import OutputUnusable, open_run
 from agd_vllm.pipeline.decoder import Decoder, DecoderOptions
 from agd_vllm.pipeline.engines import Engines
 from agd_vllm.pipeline.run import RunSettings, run_dataset, run_identity
+from agd_vllm.strategies.agd import Agd
 
 ROWS, ROWS_WITHOUT_REGION = "rows.jsonl", "rows-without-region.jsonl"
 TABLE_JSON, TABLE_MARKDOWN = "table.json", "table.md"
@@ -39,13 +40,16 @@ class EvaluationSettings:
 
 
 def evaluate(
-    settings: EvaluationSettings, options: DecoderOptions, strategies: Sequence[Strategy], say: Callable[[str], None]
+    settings: EvaluationSettings,
+    options: DecoderOptions,
+    strategies: Sequence[EvaluatedStrategy],
+    say: Callable[[str], None],
 ) -> int:
     """Decodes what is missing, writes and says the table; returns how many rows failed, over all strategies.
 
-    `options` are what the strategies share but for their own keys. Whatever makes a strategy unusable is found before
-    the first one loads a model. Raises ValueError, OutputUnusable or, later, what `run_dataset` raises; the same call
-    goes on where it stopped.
+    `options`: the model, the seed and what else the strategies share. Whatever makes a strategy unusable is found
+    before the first one loads a model. The same call resumes it. Raises ValueError, OutputUnusable or, later, what
+    `run_dataset` raises.
     """
     rows = read_suite(settings.suite, settings.data, distractors=settings.distractors, seed=options.seed)
     chosen = rows[: settings.limit]
@@ -75,11 +79,11 @@ def evaluate(
             reference(strategies),
             outcomes[strategy.name],
             {
-                "relevance": strategy.options.strategy == "agd",
+                "relevance": isinstance(strategy.options.strategy, Agd),
                 "failed": failed[strategy.name],
                 "perplexity": perplexities[strategy.name],
                 "tokens_per_second": summary["tokens_per_second"],
-                "forward_passes": forward_passes(strategy.options, outcomes[strategy.name]),
+                "forward_passes": forward_passes(strategy.options.strategy, outcomes[strategy.name]),
             },
         )
         for strategy, summary in zip(strategies, summaries, strict=True)
@@ -97,7 +101,7 @@ def _metadata(row: Row) -> Mapping[str, Any]:
     return row.get("body", row)["metadata"]
 
 
-def _run_settings(settings: EvaluationSettings, strategy: Strategy) -> RunSettings:
+def _run_settings(settings: EvaluationSettings, strategy: EvaluatedStrategy) -> RunSettings:
     folder = settings.output.rstrip("/")
     rows = ROWS_WITHOUT_REGION if strategy.names_region else ROWS
     return RunSettings((f"{folder}/{rows}",), f"{folder}/{strategy.folder}", settings.limit)

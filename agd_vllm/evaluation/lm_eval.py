@@ -15,7 +15,7 @@ import functools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 from lm_eval import evaluator
@@ -25,7 +25,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from agd_vllm.engine.arguments import OWN
-from agd_vllm.evaluation.strategies import typed_options
+from agd_vllm.evaluation.strategies import flat_types, typed_options
 from agd_vllm.input.reader import check_rows
 from agd_vllm.input.schema import MEANINGLESS, NEUTRAL
 from agd_vllm.pipeline.decoder import Decoder
@@ -64,7 +64,8 @@ class AGDModel(LM):
         super().__init__()
         self.tasks: Sequence[tuple[str, Any]] = ()
         try:
-            self._options = DecoderOptions(model=pretrained, **_decoder_options(options))
+            self._given = _decoder_options(options)
+            self._options = DecoderOptions.of(pretrained, **self._given)
             self._tokenizer = Decoder(options=self._options).tokenizer
         except ValueError as error:
             raise RequestRefused(f"model_args: {error}") from error
@@ -115,13 +116,19 @@ class AGDModel(LM):
         """The request's own repetition penalty, else the model's; the decoder has one for all its rows."""
         given = settings.get("repetition_penalty")
         try:
-            return self._options.repetition_penalty if given is None else float(given)
+            return self._own_penalty() if given is None else float(given)
         except (TypeError, ValueError) as error:
             raise RequestRefused(f"repetition_penalty {given!r}: must be a number (--gen_kwargs)") from error
 
+    def _own_penalty(self) -> float:
+        return getattr(self._options.strategy, "repetition_penalty", 1.0)
+
     def _decoder(self, penalty: float) -> Decoder:
+        options = self._options
         try:
-            return Decoder(options=replace(self._options, repetition_penalty=penalty))
+            if penalty != self._own_penalty():
+                options = DecoderOptions.of(options.model, **self._given | {"repetition_penalty": penalty})
+            return Decoder(options=options)
         except ValueError as error:
             raise RequestRefused(f"generation settings: {error}") from error
 
@@ -174,7 +181,7 @@ class AGDModel(LM):
             row["messages"] = json.loads(context)
         else:
             row["prompt"] = context
-        if self._options.roi is None and self._options.roi_heads is None:
+        if self._options.roi is None and self._options.strategy.roi_heads is None:
             row["roi"] = [_region(row)]
         return row
 
@@ -188,10 +195,10 @@ def _decoder_options(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} and {field} are the same; leave one out")
         options[field] = value
     engine_args = {}
-    if options.keys() - {field.name for field in fields(DecoderOptions)}:
+    if options.keys() - flat_types().keys():
         from vllm.engine.arg_utils import AsyncEngineArgs
 
-        known = {field.name for field in fields(AsyncEngineArgs)} - {field.name for field in fields(DecoderOptions)}
+        known = {field.name for field in fields(AsyncEngineArgs)} - flat_types().keys()
         engine_args = {name: options.pop(name) for name in known - OWN.keys() if name in options}
     typed = typed_options(options, refused=("model",))
     if twice := engine_args.keys() & typed.get("engine_args", {}).keys():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from agd_vllm.models.architectures import check_supported, longest_sequence
+from agd_vllm.models.digest import model_digest
 from agd_vllm.prompts.template import one_line
 from agd_vllm.prompts.tokenizer import load_tokenizer
 
@@ -18,7 +19,8 @@ NAMED_TOKENS = ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id", 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A checked model. `eos_ids` end a row; `pause_id` is None where no gate is needed; lengths are in tokens."""
+    """A checked model. `eos_ids` end a row; `pause_id` is None where no gate is needed; lengths are in tokens; `digest`
+    is that of `model_digest`."""
 
     path: str
     revision: str | None
@@ -29,6 +31,7 @@ class ModelInfo:
     vocab_size: int
     num_layers: int
     num_heads: int
+    digest: str | None = None
 
 
 def inspect_model(
@@ -69,6 +72,7 @@ def inspect_model(
         vocab_size=text_config.vocab_size,
         num_layers=text_config.num_hidden_layers,
         num_heads=text_config.num_attention_heads,
+        digest=model_digest(path, config),
     )
     return info, tokenizer
 

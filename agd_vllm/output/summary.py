@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from agd_vllm.output.identity import run_differences
 from agd_vllm.output.storage import OutputDirectory, OutputFailed
 from agd_vllm.output.writer import ERRORS, LOCK
 
@@ -25,7 +25,7 @@ def open_run(directory: str, identity: dict[str, Any], resume: bool) -> None:
     """Claims a directory for the run that `identity` describes: a new or empty one, or with `resume` the same run's.
 
     `identity` is JSON whose values decide what is decoded and how (model, strategy, parameters, inputs). It is kept in
-    `run.json`, and a later run is the same one if all its keys have the same values. Nothing in the directory is
+    `run.json`; whether a later run is the same one: `run_differences`. Nothing in the directory is
     changed but for `run.json`, which appears before anything else of the run.
     Raises:
         OutputUnusable: for a directory of another run (naming what differs) or of no run, one that is not empty without
@@ -48,7 +48,7 @@ def open_run(directory: str, identity: dict[str, Any], resume: bool) -> None:
         held = output.read_json(RUN)
     except OutputFailed as failed:
         raise OutputUnusable(str(failed)) from failed
-    different = differences(held, identity)
+    different = run_differences(held, identity)
     if different:
         raise OutputUnusable(
             f"output {directory} holds a different run: {'; '.join(different)}; repeat its options, or give another "
@@ -96,23 +96,6 @@ def count_outputs(directory: str) -> dict[str, int]:
 
 def _total(values: pa.ChunkedArray) -> int:
     return pc.sum(values).as_py() or 0
-
-
-def differences(held: Any, new: Any, where: str = "") -> list[str]:
-    """What differs between two JSON values, as `parameters.tau is 1.734 there and 0 here`."""
-    if isinstance(held, dict) and isinstance(new, dict):
-        keys = [*held, *(key for key in new if key not in held)]
-        return [
-            line
-            for key in keys
-            for line in differences(held.get(key), new.get(key), f"{where}.{key}" if where else str(key))
-        ]
-    return [] if held == new else [f"{where} is {_shown(held)} there and {_shown(new)} here"]
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _finite(value: Any) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from agd_vllm.attribution.batch_bounds import BatchBounds
-from agd_vllm.attribution.worker import AttributionSettings, WorkerInfo
+from agd_vllm.attribution.worker import WorkerInfo
 from agd_vllm.engine.arguments import check_engine_args, gpus_per_engine
 from agd_vllm.engine.settings import EngineSettings
 from agd_vllm.faults import FaultLog
@@ -21,7 +21,6 @@ from agd_vllm.pipeline.actors import kill, loaded
 from agd_vllm.pipeline.fleet import Fleet
 from agd_vllm.pipeline.options import DecoderOptions
 from agd_vllm.pipeline.source import Source
-from agd_vllm.pipeline.strategies import Agd
 from agd_vllm.pipeline.teams import Demand, teams
 from agd_vllm.prompts.heads import read_head_set
 from agd_vllm.prompts.prepare import Preparer
@@ -44,15 +43,16 @@ class Decoder:
 
     def __init__(self, model: str | None = None, *, options: DecoderOptions | None = None, **kwargs: Any):
         if options is None:
-            options = DecoderOptions(model=model, **kwargs)
+            options = DecoderOptions.of(model, **kwargs)
         self.options = options
-        self._strategy = options.make_strategy()
+        self._strategy = options.strategy
+        self._attribution = self._strategy.attribution(options.dtype, options.max_model_len)
         self._default_roi = parse_selector_option(options.default_roi)
         check_engine_args(options.engine_args)
         self.model, self.tokenizer = inspect_model(
             options.model,
             pauses=self._strategy.pauses,
-            attribution=self._strategy.attribution,
+            attribution=self._attribution is not None,
             revision=options.engine_args.get("revision"),
             trust_remote_code=options.trust_remote_code,
         )
@@ -61,8 +61,8 @@ class Decoder:
         if options.max_model_len is not None and options.max_model_len > longest:
             raise ValueError(f"max_model_len {options.max_model_len}: the model takes at most {longest}")
         self.roi_heads: tuple[tuple[int, int], ...] = ()
-        if options.roi_heads:
-            self.roi_heads = read_head_set(options.roi_heads, self.model.num_layers, self.model.num_heads)
+        if self._strategy.roi_heads:
+            self.roi_heads = read_head_set(self._strategy.roi_heads, self.model.num_layers, self.model.num_heads)
         self._fault_log = FaultLog()
         self._trace: TraceFile | None = None
         self.preparer()  # refuses chat template kwargs that cannot be set
@@ -100,11 +100,10 @@ class Decoder:
         # Only now, so that a run that is refused before it starts leaves files of an earlier one alone.
         self._fault_log = FaultLog(options.log_json)
         self._trace = TraceFile(options.trace) if options.trace else None
-        workers = options.workers if self._strategy.attribution else 0
-        demand = Demand(options.engines, workers, gpus_per_engine(options.engine_args))
+        demand = Demand(options.engines, options.workers, gpus_per_engine(options.engine_args))
         self._cluster = placement.connect(demand, options.debug)
         try:
-            self._start_actors(workers)
+            self._start_actors()
         except BaseException:
             self.close()
             raise
@@ -117,11 +116,10 @@ class Decoder:
     def _loaded(self) -> tuple | None:
         """What is decided while engines and workers are loaded; None where they serve one run only."""
         options = self.options
-        if options.inline or options.trace:
+        if self._strategy.inline or options.trace:
             return None
-        engine = replace(self._engine_settings(), repetition_penalty=1.0, steering_strength=None)
-        attribution = self._attribution_settings() if self._strategy.attribution else None
-        return self.model, engine, attribution, options.engines, options.workers, options.debug
+        settings = (self.model, self._engine_settings(), self._attribution)
+        return *settings, options.engines, options.workers, options.debug
 
     def take_over(self, other: Decoder) -> bool:
         """Takes the running engines and workers of `other`, which then has none; False where they do not serve it."""
@@ -132,7 +130,7 @@ class Decoder:
         self._fault_log = FaultLog(self.options.log_json)
 
         def tell(replica: Any) -> Any:
-            return replica.serve.remote(self._strategy, self.options.gate, self.options.repetition_penalty)
+            return replica.serve.remote(self._strategy)
 
         try:
             other._fleet.serve(self._make_replica, self._attach, tell, self._fault_log)
@@ -157,13 +155,7 @@ class Decoder:
             processors=self._strategy.processors,
             plain=self._strategy.inline,
             kv_planes=self._strategy.kv_planes,
-            repetition_penalty=options.repetition_penalty,
-            steering_strength=self._strategy.steering_strength,
         )
-
-    def _attribution_settings(self) -> AttributionSettings:
-        of = self.options
-        return AttributionSettings(of.scorer, of.rule, of.attribution_dtype or of.dtype, max_model_len=of.max_model_len)
 
     def _make_replica(self, index: int) -> Any:
         return placement.make_replica(
@@ -171,22 +163,19 @@ class Decoder:
             index,
             self.model,
             replace(self._engine_settings(), cores=self._cores[index]),
-            self.options.gate,
             self._strategy,
             self._trace is not None,
             self.options.debug,
             self._after,
         )
 
-    def _start_actors(self, workers: int) -> None:
+    def _start_actors(self) -> None:
         options, cluster = self.options, self._cluster
-        self._cores, worker_cores = placement.cores(cluster, options.engines, workers)
+        self._cores, worker_cores = placement.cores(cluster, options.engines, options.workers)
         self.layout = placement.layout(cluster.shares, self._cores, worker_cores)
-        if options.strategy == Agd.name:
-            self.layout += f"; scorer {options.scorer}"
-        attribution = self._attribution_settings()
+        self.layout += self._strategy.layout
         self._workers = [
-            placement.make_worker(cluster, index, self.model, replace(attribution, cores=cores), options.debug)
+            placement.make_worker(cluster, index, self.model, replace(self._attribution, cores=cores), options.debug)
             for index, cores in enumerate(worker_cores)
         ]
         # Who shares a GPU with workers imports while they load, and takes memory when they have theirs.

@@ -15,15 +15,15 @@ import psutil
 import ray
 
 from agd_vllm.attribution.worker import AttributionSettings, AttributionWorker
-from agd_vllm.engine.settings import EngineSettings, GateSettings
+from agd_vllm.engine.settings import EngineSettings
 from agd_vllm.models.host import usable_cores
 from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.pipeline.cores import split_cores
 from agd_vllm.pipeline.ray_token import provide_token
 from agd_vllm.pipeline.replica import Replica
 from agd_vllm.pipeline.signals import not_for_children
-from agd_vllm.pipeline.strategies import Strategy
 from agd_vllm.pipeline.teams import Demand, Reservation, Shares, gpu_shares
+from agd_vllm.strategies.strategy import Strategy
 
 # Ray restarts a worker that died; it holds nothing that cannot be sent again.
 WORKER_RESTARTS = -1
@@ -167,7 +167,6 @@ def make_replica(
     index: int,
     model: ModelInfo,
     engine: EngineSettings,
-    gate: GateSettings,
     strategy: Strategy,
     traced: bool,
     debug: bool,
@@ -185,7 +184,7 @@ def make_replica(
         max_concurrency=REPLICA_CONCURRENCY,
         runtime_env=_runtime_env(debug),
     )
-    return actor.remote(model, engine, gate, traced, debug, strategy, after)
+    return actor.remote(model, engine, strategy, traced, debug, after)
 
 
 def make_worker(cluster: Cluster, index: int, model: ModelInfo, settings: AttributionSettings, debug: bool) -> Any:

@@ -12,14 +12,15 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from agd_vllm.models.inspect import ModelInfo, inspect_model
+from agd_vllm.output.identity import differences
 from agd_vllm.output.relevance_writer import RELEVANCE, RELEVANCE_ERRORS, RelevanceWriter, TokenRelevance
 from agd_vllm.output.run_reader import RunReader
-from agd_vllm.output.summary import OutputUnusable, count_outputs, differences
+from agd_vllm.output.summary import OutputUnusable, count_outputs
 from agd_vllm.pipeline.progress import say
 from agd_vllm.pipeline.relevance_fleet import Attributed, RelevanceFleet, Task
-from agd_vllm.pipeline.strategies import STRATEGIES
 from agd_vllm.pipeline.versions import versions
 from agd_vllm.records import DecodedRow
+from agd_vllm.strategies.registry import STRATEGIES
 
 # Beside `relevance/`: what it was computed with, and, at the end, how much of it there is.
 DESCRIPTION = "relevance.json"

@@ -21,11 +21,11 @@ from agd_vllm.engine.settings import EngineSettings, GateSettings
 from agd_vllm.engine.stops import StopCheck
 from agd_vllm.faults import Fault, FaultLog, last_line
 from agd_vllm.models.inspect import ModelInfo
-from agd_vllm.pipeline.row_loop import decode_row
 from agd_vllm.pipeline.signals import heard_by_children
-from agd_vllm.pipeline.strategies import AGD, Strategy
 from agd_vllm.prompts.tokenizer import load_tokenizer
 from agd_vllm.records import DecodedRow, Gate, PreparedRow, Roi, RowRefused, Span
+from agd_vllm.strategies.row_loop import decode_row
+from agd_vllm.strategies.strategy import Strategy
 from agd_vllm.trace import Span as TraceSpan
 from agd_vllm.trace import Tracer
 
@@ -75,16 +75,16 @@ class Replica:
         self,
         model: ModelInfo,
         engine: EngineSettings,
-        gate: GateSettings,
+        strategy: Strategy,
         traced: bool,
         debug: bool,
-        strategy: Strategy = AGD,
         after: Sequence[Any] = (),
     ):
         self._model = model
         self._strategy = strategy
         self._tracer = Tracer(traced)
-        self._engine = Engine(model, engine, gate, self._tracer)
+        self._seed = engine.seed
+        self._engine = Engine(model, engine, self._tracer)
         self._after = after
         self._pool: AttributionPool | None = None
         self._attached = asyncio.Event()
@@ -109,7 +109,7 @@ class Replica:
             # In a thread: while vLLM starts, this loop stands still.
             threading.Thread(target=_let_go, args=(hold, list(self._after)), daemon=True).start()
         self._engine.start(hold)
-        await self._engine.steer()
+        await self._engine.steer(self._strategy.strength)
         await self._take_first_steps()
         return ReplicaInfo(self._engine.max_model_len, self._engine.max_sessions, time.perf_counter() - begun)
 
@@ -125,7 +125,8 @@ class Replica:
                 return
             row = PreparedRow("first steps", [0], Roi(), max_tokens=FIRST_STEPS)
             stops = StopCheck(row, frozenset(), self._tokenizer)
-            async with self._engine.session(row, self._model.pause_id is not None, stops) as session:
+            gate = None if self._model.pause_id is None else GateSettings()
+            async with self._engine.session(row, stops, gate) as session:
                 event = await session.next()
                 while isinstance(event, Gate):
                     event = session.select(event.candidate_ids[0]) or await session.next()
@@ -134,10 +135,10 @@ class Replica:
                 raise EngineLost(f"at its first steps {self._engine.cause_of_death}") from error
             raise
 
-    async def serve(self, strategy: Strategy, gate: GateSettings, repetition_penalty: float) -> None:
-        """Goes on with another strategy, whose rows come from now on."""
+    async def serve(self, strategy: Strategy) -> None:
+        """Takes another strategy, whose rows come from now on."""
         self._strategy = strategy
-        await self._engine.serve(gate, repetition_penalty, strategy.steering_strength)
+        await self._engine.steer_anew(strategy.strength)
 
     async def attach(self, workers: list[Any], stateful: bool, cache_tokens: int | None, bounds: BatchBounds) -> None:
         """Names the attribution workers, which rows wait for; with none of them no row is guided by attribution.
@@ -176,7 +177,14 @@ class Replica:
             return
         try:
             ended = await decode_row(
-                self._engine, self._pool, row, self._tokenizer, self._model.eos_ids, self._faults, self._strategy
+                self._engine,
+                self._pool,
+                row,
+                self._tokenizer,
+                self._model.eos_ids,
+                self._faults,
+                self._strategy,
+                self._seed,
             )
         except RowRefused as refused:
             ended = RowFailed(row.id, refused.type, str(refused))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -25,10 +25,7 @@ from agd_vllm.prompts.answers import given_answer, gives_answer
 from agd_vllm.prompts.dry_run import dry_run
 from agd_vllm.prompts.prepare import Preparer
 from agd_vllm.records import InputRow, RowError, RowRefused
-from agd_vllm.steering.vector_file import read_vectors
-
-# What may change between the invocations of one run: where it runs and what it tells, not what it decodes.
-NOT_IDENTITY = ("engines", "attribution_workers", "entropies", "log_json", "trace", "debug")
+from agd_vllm.strategies.agd import Agd
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +54,7 @@ def run_dataset(settings: RunSettings, options: DecoderOptions, engines: Engines
     decoder = Decoder(options=options)
     identity = run_identity(settings, decoder)
     open_run(settings.output, identity, settings.resume)
-    if options.steering:
-        # For whoever reads the summary; what decides is the file.
-        identity |= {"steering_layers": [*read_vectors(options.steering).layers]}
+    described = identity | options.strategy.described()
     notes = Console(stderr=True)
     progress = ProgressLine(notes)
     with RunWriter(settings.output, settings.part_rows, settings.part_seconds) as writer:
@@ -80,9 +75,9 @@ def run_dataset(settings: RunSettings, options: DecoderOptions, engines: Engines
             # Interrupted or broken off: what is on disk is counted all the same. The first fault is the one to tell of.
             with suppress(OutputFailed):
                 writer.flush()
-                _write_summary(settings, decoder, identity, tally)
+                _write_summary(settings, decoder, described, tally)
             raise
-        summary = _write_summary(settings, decoder, identity, tally)
+        summary = _write_summary(settings, decoder, described, tally)
     print_summary(Console(), summary, settings.output)
     return summary["failed"]
 
@@ -143,29 +138,40 @@ def _decode(
 def run_identity(settings: RunSettings, decoder: Decoder) -> dict[str, Any]:
     """What decides what is decoded and how: a run may only be continued by one with the same values."""
     options = decoder.options
-    parameters = {key: value for key, value in asdict(options).items() if key not in NOT_IDENTITY}
-    parameters["roi"] = options.default_roi
-    # Files may change under their names.
+    own = options.strategy.identity()
+    if "roi_heads" in own:
+        own["roi_heads"] = [list(head) for head in decoder.roi_heads]
     return {
+        # Files may change under their names.
         "inputs": [fingerprint(source) for source in settings.inputs],
-        **parameters,
-        "roi_heads": [list(head) for head in decoder.roi_heads],
-        "steering": fingerprint(options.steering) if options.steering else None,
-        **({"given_answers": True} if settings.given_answers else {}),
+        "model": options.model,
+        "model_digest": decoder.model.digest,
+        "strategy": options.strategy.name,
+        **own,
+        "roi": options.default_roi,
+        "max_tokens": options.max_tokens,
+        "max_model_len": options.max_model_len,
+        "dtype": options.dtype,
+        "seed": options.seed,
+        "engine_args": options.engine_args,
+        "chat_template_kwargs": options.chat_template_kwargs,
+        "trust_remote_code": options.trust_remote_code,
+        "given_answers": settings.given_answers,
     }
 
 
-def _write_summary(settings: RunSettings, decoder: Decoder, identity: dict[str, Any], tally: Tally) -> dict[str, Any]:
+def _write_summary(settings: RunSettings, decoder: Decoder, described: dict[str, Any], tally: Tally) -> dict[str, Any]:
     """Counts what is on disk, adds times and faults over all invocations, writes and returns it all."""
     tally.keep()
+    options = decoder.options
     counts, total = count_outputs(settings.output), tally.total()
     summary = {
         **counts,
         **total,
         "tokens_per_second": counts["output_tokens"] / total["seconds"] if total["seconds"] else 0.0,
-        **identity,
-        "engines": decoder.options.engines,
-        "attribution_workers": 0 if decoder.options.inline else decoder.options.workers,
+        **described,
+        "engines": options.engines,
+        **({"attribution_workers": options.workers} if isinstance(options.strategy, Agd) else {}),
         "versions": versions(),
     }
     write_summary(settings.output, summary)

@@ -203,7 +203,7 @@ def test_given_answers_are_taken_and_the_others_decoded(dataset, tokenizer, smol
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = RunSettings((str(source),), str(tmp_path / "out"), given_answers=True)
-    assert run_dataset(settings, DecoderOptions(model=str(smollm2), strategy="greedy")) == 2
+    assert run_dataset(settings, DecoderOptions.of(model=str(smollm2), strategy="greedy")) == 2
     assert made[0].offered == ["asked", "raw"]
     results = {row.id: row for row in RunReader(str(tmp_path / "out")).rows()}
     assert set(results) == {"given", "asked", "raw"}

@@ -23,7 +23,7 @@ def config(use_v2_model_runner: bool, async_scheduling: bool = False) -> SimpleN
 
 
 def test_what_a_model_runner_cannot_do_is_refused():
-    engine = Engine(MODEL, EngineSettings(), GateSettings(), Tracer(False))
+    engine = Engine(MODEL, EngineSettings(), Tracer(False))
     with pytest.raises(ValueError, match="async_scheduling: only with vLLM's Model Runner V2"):
         engine._fit_model_runner(config(False, async_scheduling=True))
     for v2, name in ((True, "GateProcessorV2"), (False, "GateProcessorV1")):
@@ -35,12 +35,12 @@ def test_what_a_model_runner_cannot_do_is_refused():
 @pytest.mark.parametrize(("min_tokens", "stops", "refused"), [(3, 126, False), (3, 127, True), (0, 500, False)])
 def test_stop_tokens_that_vllm_could_not_hold_back_are_refused(min_tokens, stops, refused):
     """Of a GPU's model runner, which would end with such a row; the model's own and PAUSE count, too."""
-    engine = Engine(MODEL, EngineSettings(), GateSettings(), Tracer(False))
+    engine = Engine(MODEL, EngineSettings(), Tracer(False))
     engine._fit_model_runner(config(use_v2_model_runner=True))
     given = PreparedRow("a", [5], Roi(), 9, min_tokens, stop_token_ids=tuple(range(3, 3 + stops)))
 
     async def enter() -> None:
-        async with engine.session(given, gated=True, stops=None):
+        async with engine.session(given, None, GateSettings()):
             pass
 
     if refused:

@@ -4,30 +4,33 @@ import pytest
 
 from agd_vllm.evaluation.strategies import parse_strategies
 from agd_vllm.pipeline.options import DecoderOptions
+from agd_vllm.strategies.agd import Agd
+from agd_vllm.strategies.greedy import Greedy
+from agd_vllm.strategies.steer import Steer
 
-BASE = DecoderOptions(model="m", tau=1.0, max_tokens=9)
+BASE = {"model": "m", "tau": 1.0, "max_tokens": 9}
 
 
 def test_keys_are_options_of_the_decoder():
     greedy, plain, own, heads = parse_strategies(
         "greedy,agd,agd:tau=0:rule=ixg:top-k=3:attribution-dtype=float32,agd:roi-heads=some/heads.json", BASE
     )
-    assert (greedy.options.strategy, greedy.folder) == ("greedy", "greedy")
-    assert plain.options == BASE
+    assert (greedy.options.strategy, greedy.folder) == (Greedy(), "greedy")
+    assert plain.options == DecoderOptions.of(**BASE)
     assert own.name == "agd:tau=0:rule=ixg:top-k=3:attribution-dtype=float32"
     assert own.folder == "agd-tau-0-rule-ixg-top-k-3-attribution-dtype-float32"
-    assert (own.options.tau, own.options.rule, own.options.top_k) == (0.0, "ixg", 3)
-    assert (own.options.attribution_dtype, own.options.max_tokens) == ("float32", 9)
-    assert heads.options.roi_heads == "some/heads.json"
+    assert own.options.strategy == Agd(tau=0.0, rule="ixg", top_k=3, attribution_dtype="float32")
+    assert own.options.max_tokens == 9
+    assert heads.options.strategy.roi_heads == "some/heads.json"
     assert [strategy.names_region for strategy in (greedy, plain, own, heads)] == [False, False, False, True]
 
 
 def test_a_value_may_hold_colons():
-    (url,) = parse_strategies("steer:steering=s3://b/v.safetensors:steering-strength=2", BASE)
-    assert (url.options.steering, url.options.steering_strength) == ("s3://b/v.safetensors", 2.0)
+    (url,) = parse_strategies("steer:steering=s3://b/v.safetensors:steering-strength=2", {"model": "m"})
+    assert url.options.strategy == Steer(steering="s3://b/v.safetensors", steering_strength=2.0)
     assert url.folder == "steer-steering-s3---b-v-safetensors-steering-strength-2"
-    (query,) = parse_strategies("steer:steering-norm=false:steering=http://h:80/v?a=b", BASE)
-    assert (query.options.steering, query.options.steering_norm) == ("http://h:80/v?a=b", False)
+    (query,) = parse_strategies("steer:steering-norm=false:steering=http://h:80/v?a=b", {"model": "m"})
+    assert query.options.strategy == Steer(steering="http://h:80/v?a=b", steering_norm=False)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +48,12 @@ def test_a_value_may_hold_colons():
         ("agd:tau=0,agd:tau:0", "'tau' is not KEY=VALUE"),
         ("agd:tau=0:temperature=1", "unknown key 'temperature'"),
         ("steer", "steering is missing; name a file of vectors"),
-        ("agd:steering=v", "strategy agd cannot be steered"),
+        ("agd:steering=v", "steering: strategy agd has no such option; leave it out, or choose strategy steer"),
+        (
+            "agd,greedy:tau=1",
+            "tau: strategy greedy has no such option; leave it out, or choose strategy agd or r",
+        ),
+        ("greedy,cad", "tau: no strategy here has this option; leave it out, or add agd or random-candidate"),
         ("steer:steering=v:steering-strength=inf", "steering_strength inf"),
         ("agd,agd", "share the folder"),
         ("greedy,agd:tau=0:tau=1", "--strategies agd:tau=0:tau=1: tau is named twice"),

@@ -79,7 +79,7 @@ def test_forward_passes_of_a_token(outcomes):
     """Of the 23 tokens the workers compute 3 and 4: what comes before the last guided step of either row."""
 
     def passes(**options):
-        return forward_passes(DecoderOptions(model="m", **options), outcomes["agd"])
+        return forward_passes(DecoderOptions.of(model="m", **options).strategy, outcomes["agd"])
 
     assert passes(strategy="greedy") == passes(strategy="emphasize") == 1
     assert passes(strategy="cad") == passes(strategy="agd", scorer="inline") == 2

@@ -5,7 +5,6 @@ are `dropped`, by how many seconds they are `delayed`, and a repetition `penalty
 model runner and scheduling, and how often vLLM preempted and took tokens from its prefix cache.
 """
 
-import dataclasses
 import json
 import queue
 import sys
@@ -24,8 +23,8 @@ from agd_vllm.engine.channel import GateSender
 from agd_vllm.engine.stepped import SteppedLLM
 from agd_vllm.inline import engine_args
 from agd_vllm.inline.arguments import PROCESSOR
-from agd_vllm.pipeline.strategies import InlineAgd
 from agd_vllm.records import DecodedRow, PreparedRow, Roi, Span
+from agd_vllm.strategies.agd import Agd
 
 COUNTS: Counter[str] = Counter()
 DELAY = {"seconds": 0.0}
@@ -106,8 +105,7 @@ def main() -> None:
         COUNTS.clear()
         COUNTS["to_drop"], DELAY["seconds"] = run.get("dropped", 0), run.get("delayed", 0.0)
         penalty = run.get("penalty", 1.0)
-        engine.engine._settings = dataclasses.replace(engine.engine._settings, repetition_penalty=penalty)
-        strategy = InlineAgd(job.get("rule", "attnlrp"), run["tau"], 5, 0.05, penalty)
+        strategy = Agd(scorer="inline", rule=job.get("rule", "attnlrp"), tau=run["tau"], repetition_penalty=penalty)
         rows = engine.decode([prepared(row) for row in run["rows"]], strategy=strategy)
         results.append({"rows": list(map(outcome, rows)), "faults": dict(engine.faults.counts), **kind, **COUNTS})
     Path(job["output"]).write_text(json.dumps(results))

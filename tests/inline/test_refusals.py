@@ -15,19 +15,18 @@ from conftest import CHECKOUT, RUNNER_V2
 
 from agd_vllm import Decoder
 from agd_vllm.engine.engine import Engine
-from agd_vllm.engine.settings import EngineSettings, GateSettings
+from agd_vllm.engine.settings import EngineSettings
 from agd_vllm.evaluation.strategies import parse_strategies
 from agd_vllm.inline import engine_args
 from agd_vllm.inline.supported import SCHEDULER, check_config
 from agd_vllm.models.inspect import inspect_model
-from agd_vllm.pipeline.options import DecoderOptions
 from agd_vllm.trace import Tracer
 
 
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--strategy", "cad", "strategy cad contrasts"),
+        ("--strategy", "cad", "scorer: strategy cad has no such option"),
         ("--attribution-workers", "2", "scorer inline has none"),
         ("--attribution-dtype", "float32", "in the engine's dtype"),
         ("--engine-arg", "tensor_parallel_size=2", "tensor_parallel_size"),
@@ -151,14 +150,11 @@ def test_an_engines_arguments_depend_on_no_machine_and_touch_no_gpu(monkeypatch,
 @pytest.mark.parametrize(("given", "tokens"), [({}, 512), ({"max_num_batched_tokens": 4096}, 4096)])
 def test_an_inline_engine_on_a_cpu_has_small_batches_unless_the_user_named_one(monkeypatch, smollm2, given, tokens):
     info, _ = inspect_model(str(smollm2))
-    common = (GateSettings(), Tracer(False))
-    assert (
-        Engine(info, EngineSettings(plain=True, engine_args=given), *common)._engine_args()["max_num_batched_tokens"]
-        == tokens
-    )
-    assert "max_num_batched_tokens" not in Engine(info, EngineSettings(), *common)._engine_args()
+    engine = Engine(info, EngineSettings(plain=True, engine_args=given), Tracer(False))
+    assert engine._engine_args()["max_num_batched_tokens"] == tokens
+    assert "max_num_batched_tokens" not in Engine(info, EngineSettings(), Tracer(False))._engine_args()
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    on_gpu = Engine(info, EngineSettings(plain=True), *common)._engine_args()
+    on_gpu = Engine(info, EngineSettings(plain=True), Tracer(False))._engine_args()
     assert "max_num_batched_tokens" not in on_gpu
 
 
@@ -218,7 +214,7 @@ def test_the_command_ends_with_what_an_engine_of_its_own_process_refused(smollm2
 
 
 def test_workers_are_those_of_the_strategies_that_have_some():
-    options = DecoderOptions(model="m", attribution_workers=2, attribution_dtype="float32")
+    options = {"model": "m", "attribution_workers": 2, "attribution_dtype": "float32"}
     forward, inline = parse_strategies("agd,agd:scorer=inline", options)
     assert (forward.options.workers, inline.options.attribution_workers) == (2, None)
     with pytest.raises(ValueError, match="every strategy attributes inline"):

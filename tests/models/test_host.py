@@ -82,14 +82,14 @@ def test_engine_and_worker_take_an_eighth_of_the_limit(monkeypatch, smollm2):
     from agd_vllm.attribution import forward
     from agd_vllm.engine import engine as engine_module
     from agd_vllm.engine.engine import Engine
-    from agd_vllm.engine.settings import EngineSettings, GateSettings
+    from agd_vllm.engine.settings import EngineSettings
     from agd_vllm.models.inspect import inspect_model
     from agd_vllm.trace import Tracer
 
     for module in (forward, engine_module):
         monkeypatch.setattr(module, "memory_bytes", lambda: 8 * GIB)
     info, _ = inspect_model(str(smollm2))
-    args = Engine(info, EngineSettings(), GateSettings(), Tracer(False))._engine_args()
+    args = Engine(info, EngineSettings(), Tracer(False))._engine_args()
     assert args["kv_cache_memory_bytes"] == GIB
     assert forward.default_cache_bytes(forward.torch.device("cpu")) == GIB
 

@@ -156,7 +156,7 @@ def calibrate(monkeypatch, data, tmp_path):
     def run(*outcomes):
         monkeypatch.setattr(calibration, "Decoder", lambda options: Decoding(outcomes))
         settings = calibration.CalibrationSettings((str(data),), str(tmp_path / "out"))
-        return calibration.calibrate(settings, DecoderOptions(model="model", strategy="greedy", entropies=True))
+        return calibration.calibrate(settings, DecoderOptions.of(model="model", strategy="greedy", entropies=True))
 
     run.output = tmp_path / "out"
     return run

@@ -127,11 +127,12 @@ def test_a_cancelled_row_gives_its_room_back(engine, rows, alone):
         async def score(self, *args):
             await asyncio.Event().wait()
 
-    from agd_vllm.pipeline.row_loop import decode_row
+    from agd_vllm.strategies.agd import Agd
+    from agd_vllm.strategies.row_loop import decode_row
 
     async def cancelled():
         loops = [
-            decode_row(engine.engine, Never(None), row, engine.tokenizer, engine.info.eos_ids, engine.faults)
+            decode_row(engine.engine, Never(None), row, engine.tokenizer, engine.info.eos_ids, engine.faults, Agd())
             for row in rows
         ]
         tasks = [asyncio.create_task(loop) for loop in loops]

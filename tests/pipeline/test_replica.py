@@ -8,12 +8,12 @@ import pytest
 from agd_vllm.attribution.batch_bounds import BatchBounds
 from agd_vllm.attribution.pool import WorkerLost
 from agd_vllm.engine import engine as engine_module
-from agd_vllm.engine.settings import EngineSettings, GateSettings
+from agd_vllm.engine.settings import EngineSettings
 from agd_vllm.models.inspect import inspect_model
 from agd_vllm.pipeline import replica as replica_module
 from agd_vllm.pipeline.replica import EngineLost, Replica, RowFailed
-from agd_vllm.pipeline.strategies import InlineAgd
 from agd_vllm.records import PreparedRow, Roi
+from agd_vllm.strategies.agd import Agd
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def replica(smollm2):
         errored = False
 
     info, _ = inspect_model(str(smollm2), pauses=True)
-    replica = Replica(info, EngineSettings(), GateSettings(), traced=False, debug=False)
+    replica = Replica(info, EngineSettings(), Agd(), traced=False, debug=False)
     replica._engine._llm = Vllm()
     replica._engine._receiver = SimpleNamespace(drain=lambda: None, failure="ValueError: its own reason")
     replica._tokenizer = None
@@ -145,11 +145,11 @@ def test_an_inline_engine_begins_with_a_prompt_that_is_a_region(replica, monkeyp
     """So that what is compiled for prompts and regions is compiled before rows wait."""
     rows = []
 
-    async def decode_row(engine, pool, row, tokenizer, eos_ids, faults, strategy):
+    async def decode_row(engine, pool, row, tokenizer, eos_ids, faults, strategy, *seed):
         rows.append(row)
 
     monkeypatch.setattr(replica_module, "decode_row", decode_row)
-    replica._strategy = InlineAgd("attnlrp", 1.734, 5, 0.05)
+    replica._strategy = Agd(scorer="inline")
     for replica._engine.max_model_len, tokens in ((1024, 40), (16, 14)):
         asyncio.run(replica._take_first_steps())
         row = rows.pop()

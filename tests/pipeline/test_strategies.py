@@ -10,10 +10,11 @@ import torch
 from conftest import TightEngine, prepared_demo_rows
 from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
 
-from agd_vllm.pipeline.draws import Draws
-from agd_vllm.pipeline.row_loop import decode_row
-from agd_vllm.pipeline.strategies import Cad, Greedy, RandomCandidate
 from agd_vllm.records import Gate, PreparedRow, Roi, RowRefused, Span
+from agd_vllm.strategies.cad import Cad
+from agd_vllm.strategies.greedy import Greedy
+from agd_vllm.strategies.random_candidate import Draws, RandomCandidate
+from agd_vllm.strategies.row_loop import decode_row
 
 TIE = 1e-3
 ALPHA, TOKENS_PER_STEP, SESSIONS = TightEngine.ALPHA, TightEngine.TOKENS_PER_STEP, TightEngine.SESSIONS
@@ -45,7 +46,7 @@ def greedy(tight_engine, rows):
 
 @pytest.fixture(scope="module")
 def contrasted(tight_engine, rows):
-    return tight_engine.decode(rows, strategy=Cad(ALPHA))
+    return tight_engine.decode(rows, strategy=Cad(cad_alpha=ALPHA))
 
 
 def tokens(decoded) -> list[list[int]]:
@@ -54,11 +55,9 @@ def tokens(decoded) -> list[list[int]]:
     return [row.token_ids for row in decoded]
 
 
-def test_a_repetition_penalty_is_that_of_transformers(engine, rows, transformers_model, greedy, monkeypatch):
+def test_a_repetition_penalty_is_that_of_transformers(engine, rows, transformers_model, greedy):
     penalty, some = 1.3, rows[:4]
-    settings = dataclasses.replace(engine.engine._settings, repetition_penalty=penalty)
-    monkeypatch.setattr(engine.engine, "_settings", settings)
-    penalized = tokens(engine.decode(some, strategy=Greedy()))
+    penalized = tokens(engine.decode(some, strategy=Greedy(repetition_penalty=penalty)))
     for row, ours in zip(some, penalized, strict=True):
         prompt = torch.tensor([row.prompt_token_ids])
         settings = {"do_sample": False, "max_new_tokens": row.max_tokens, "repetition_penalty": penalty}
@@ -93,15 +92,11 @@ def test_cad_is_its_formula_at_every_step(contrasted, rows, greedy, transformers
     assert different > len(rows) // 2
 
 
-def test_a_penalty_on_cad_is_that_of_transformers_on_its_formula(
-    engine, rows, contrasted, transformers_model, monkeypatch
-):
+def test_a_penalty_on_cad_is_that_of_transformers_on_its_formula(engine, rows, contrasted, transformers_model):
     """Prompts in chunks, so with pauses beyond the first step, too; by tokens of the prompt with the region."""
     penalty, some = 1.3, rows[:4]
-    settings = dataclasses.replace(engine.engine._settings, repetition_penalty=penalty)
-    monkeypatch.setattr(engine.engine, "_settings", settings)
     penalize = RepetitionPenaltyLogitsProcessor(penalty)
-    found = tokens(engine.decode(some, strategy=Cad(ALPHA)))
+    found = tokens(engine.decode(some, strategy=Cad(cad_alpha=ALPHA, repetition_penalty=penalty)))
     for row, output in zip(some, found, strict=True):
         for step, logits in enumerate(formula(transformers_model, row, output, ALPHA)):
             held = torch.tensor([row.prompt_token_ids + output[:step]])
@@ -120,7 +115,7 @@ def test_in_step_there_are_few_pauses(engine, rows, contrasted, monkeypatch):
     receiver = engine.engine._receiver
     take = receiver.take_choice
     monkeypatch.setattr(receiver, "take_choice", lambda key, step: taken.append((key, step)) or take(key, step))
-    again = engine.decode(rows, strategy=Cad(ALPHA))
+    again = engine.decode(rows, strategy=Cad(cad_alpha=ALPHA))
     assert tokens(again) == tokens(contrasted)
     assert len({key for key, _ in taken}) == len(rows)
     assert len(taken) < sum(map(len, tokens(again))) / 2
@@ -135,7 +130,7 @@ def test_cad_ends_rows_as_they_ask(engine, rows, contrasted):
             dataclasses.replace(rows[0], stop_token_ids=(whole.token_ids[6],), min_tokens=12),
             dataclasses.replace(rows[0], stop_token_ids=(whole.token_ids[6],)),
         ],
-        strategy=Cad(ALPHA),
+        strategy=Cad(cad_alpha=ALPHA),
     )
     assert stopped.finish_reason == exact.finish_reason == "stop"
     assert word not in stopped.text
@@ -152,7 +147,7 @@ def test_rows_that_cad_cannot_contrast(engine, rows, greedy):
     everything = dataclasses.replace(plain, roi=Roi((Span(0, len(plain.prompt_token_ids)),)))
     no_region = dataclasses.replace(plain, roi=Roi())
     weightless = dataclasses.replace(plain, roi=Roi((Span(0, 4, 0.0),)))
-    refused, *others = engine.decode([everything, no_region, weightless], strategy=Cad(ALPHA))
+    refused, *others = engine.decode([everything, no_region, weightless], strategy=Cad(cad_alpha=ALPHA))
     assert isinstance(refused, RowRefused) and refused.type == "region_is_prompt"
     assert tokens(others) == tokens(greedy[:1]) * 2
 
@@ -171,14 +166,14 @@ def test_a_stalled_pair_is_opened_anew_from_its_tokens(engine, rows, contrasted,
 
     monkeypatch.setattr(receiver, "take_choice", stopping)
     monkeypatch.setattr(engine.engine, "_settings", dataclasses.replace(engine.engine._settings, deadline_s=2.0))
-    decoded = engine.decode(rows[:3], strategy=Cad(ALPHA))
+    decoded = engine.decode(rows[:3], strategy=Cad(cad_alpha=ALPHA))
     assert engine.faults.counts["sessions_resubmitted"] >= 1
     assert tokens(decoded) == tokens(contrasted[:3])
 
 
 def test_cancelled_pairs_give_their_room_back(engine, rows, contrasted):
     async def cancelled():
-        common = (engine.tokenizer, engine.info.eos_ids, engine.faults, Cad(ALPHA))
+        common = (engine.tokenizer, engine.info.eos_ids, engine.faults, Cad(cad_alpha=ALPHA))
         tasks = [asyncio.create_task(decode_row(engine.engine, None, row, *common)) for row in rows]
         while engine.engine.occupancy._open < SESSIONS // 2:
             await asyncio.sleep(0.01)
@@ -190,13 +185,13 @@ def test_cancelled_pairs_give_their_room_back(engine, rows, contrasted):
     engine.run(cancelled())
     assert engine.engine.occupancy._open == 0
     assert sorted(engine.engine._pair_slots) == list(range(SESSIONS // 2))
-    assert tokens(engine.decode(rows, strategy=Cad(ALPHA))) == tokens(contrasted)
+    assert tokens(engine.decode(rows, strategy=Cad(cad_alpha=ALPHA))) == tokens(contrasted)
 
 
 def test_random_candidates_depend_on_seed_row_and_step_only(engine, rows):
-    first = engine.decode(rows, strategy=RandomCandidate(0), tau=0.5)
-    backwards = engine.decode(rows[::-1], strategy=RandomCandidate(0), tau=0.5)[::-1]
-    other = engine.decode(rows, strategy=RandomCandidate(1), tau=0.5)
+    first = engine.decode(rows, strategy=RandomCandidate(tau=0.5), seed=0)
+    backwards = engine.decode(rows[::-1], strategy=RandomCandidate(tau=0.5), seed=0)[::-1]
+    other = engine.decode(rows, strategy=RandomCandidate(tau=0.5), seed=1)
     assert tokens(first) == tokens(backwards)
     assert sum(a != b for a, b in zip(tokens(first), tokens(other), strict=True)) > len(rows) // 2
     steps = [(row, step) for row in first for step in row.steps]

@@ -8,9 +8,9 @@ from agd_vllm.attribution.pool import AttributionPool
 from agd_vllm.engine.engine import Engine
 from agd_vllm.engine.stops import StopCheck
 from agd_vllm.faults import FaultLog
-from agd_vllm.pipeline.row_decoding import RowDecoding
-from agd_vllm.pipeline.strategies import AGD, Strategy
 from agd_vllm.records import DecodedRow, PreparedRow
+from agd_vllm.strategies.row_decoding import RowDecoding
+from agd_vllm.strategies.strategy import Strategy
 
 
 async def decode_row(
@@ -20,13 +20,15 @@ async def decode_row(
     tokenizer: PreTrainedTokenizerFast,
     eos_ids: frozenset[int],
     faults: FaultLog,
-    strategy: Strategy = AGD,
+    strategy: Strategy,
+    seed: int = 0,
 ) -> DecodedRow:
-    """Decodes `row`; `pool` scores candidates where the strategy asks for scores.
+    """Decodes `row`; `pool` scores candidates where the strategy has attribution workers, `seed` is that of random
+    choices.
 
     Raises RowRefused (too large), SessionFailed, WorkerLost or RequestKillsWorker.
     """
-    decoding = RowDecoding(engine, pool, row, StopCheck(row, eos_ids, tokenizer), faults)
+    decoding = RowDecoding(engine, pool, row, StopCheck(row, eos_ids, tokenizer), faults, seed)
     reason = await strategy.decode(decoding)
     return DecodedRow(
         id=row.id,

@@ -27,6 +27,7 @@ class RowDecoding:
     row: PreparedRow
     stops: StopCheck
     faults: FaultLog
+    seed: int = 0
     steps: list[GuidedStep] = field(default_factory=list)
     entropies: list[float] | None = None
 

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import math
 import reprlib
+from dataclasses import fields
 from typing import Any
 
 from agd_vllm.records import FLOAT32_MAX
 
 INT32_MAX = 2**31 - 1
 MAX_SEED = 2**32 - 1  # numpy, which vLLM seeds, takes no other
+
+
+def check_numbers(options: Any) -> None:
+    """Checks every number of a dataclass: Python passes on what the command line would not read as one."""
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if option.type == "float":
+            check_real(option.name, value)
+        elif option.type == "int" or (option.type == "int | None" and value is not None):
+            check_whole(option.name, value)
 
 
 def check_whole(name: str, value: Any) -> None:

@@ -1,11 +1,27 @@
-"""A seeded random choice among candidates, in the place of attribution."""
+"""AGD's control: the same gate and candidates, a seeded random choice among them."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from agd_vllm.records import Gate, Roi
+from agd_vllm.strategies.gated import CandidateScorer, Gated
+
+if TYPE_CHECKING:
+    from agd_vllm.strategies.row_decoding import RowDecoding
+
+
+@dataclass(frozen=True)
+class RandomCandidate(Gated):
+    """A random candidate at gated steps, elsewhere the greedy token."""
+
+    name = "random-candidate"
+    summary = "a control for agd: the same uncertain steps and candidates, chosen at random (--seed)"
+
+    def scorer_of(self, decoding: RowDecoding) -> CandidateScorer | None:
+        return Draws(decoding.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,4 +42,4 @@ class Draws:
         """Nothing to prepare."""
 
     def release(self, sequence: str) -> None:
-        """Nothing is held."""
+        """Nothing to release."""
