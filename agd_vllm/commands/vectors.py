@@ -74,7 +74,7 @@ def vectors(
             yield from shown
 
     found = extract(method, gradients, pairs, numbers, pad_id=pad_id, seed=seed, progress=progress)
-    write_vectors(output, SteeringVectors(found, method, model))
+    write_vectors(output, SteeringVectors(found, method, model, info.digest))
     lengths = ", ".join(f"{layer} (length {vector.norm():.2f})" for layer, vector in sorted(found.items()))
     click.echo(f"{method} vectors of layers {lengths} from {len(pairs)} pairs in {output}")
 

@@ -32,6 +32,8 @@ BEFORE_IT_WAS_ADDED = {
     "steering_strength": 1.0,
     "trust_remote_code": False,
 }
+# What the digest of a model of the hub begins with.
+COMMIT = "commit "
 MODEL, DIGEST, ENGINE_ARGS = "model", "model_digest", "engine_args"
 
 
@@ -45,16 +47,24 @@ def run_differences(held: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _difference(key: str, held: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    same = same_model(held.get(DIGEST), new.get(DIGEST))
     if key == DIGEST:
-        if held.get(DIGEST) and new[DIGEST] and held[DIGEST] != new[DIGEST]:
-            return [f"the weights or the config.json of {held.get(MODEL)} there are not those of {new.get(MODEL)} here"]
-        return []
-    if key == MODEL and held.get(DIGEST) and new.get(DIGEST):
+        named = f"{held.get(MODEL)} there are not those of {new.get(MODEL)} here"
+        return [f"the weights or the config.json of {named}"] if same is False else []
+    if key == MODEL and same is not None:
         return []
     there, here = held.get(key, BEFORE_IT_WAS_ADDED.get(key)), new[key]
     if key == ENGINE_ARGS:
         there, here = decisive(there), decisive(here)
     return differences(there, here, key)
+
+
+def same_model(digest: str | None, other: str | None) -> bool | None:
+    """Whether two models are one, by their digests; None where these do not say, because one is missing or one is of a
+    folder and the other of the hub."""
+    if digest is None or other is None or digest.startswith(COMMIT) != other.startswith(COMMIT):
+        return None
+    return digest == other
 
 
 def decisive(engine_args: dict[str, Any]) -> dict[str, Any]:

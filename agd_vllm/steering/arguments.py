@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from typing import Any
 
 from agd_vllm.models.class_overrides import class_override
 from agd_vllm.models.inspect import ModelInfo
+from agd_vllm.output.identity import same_model
 from agd_vllm.steering.vector_file import SteeringVectors, absolute, read_vectors
 
 CONFIG = "agd_steering"
+log = logging.getLogger("agd_vllm")
+
 # vLLM's engine argument for what its worker can be told.
 EXTENSION = "worker_extension_cls"
 CLASSES = {
@@ -41,7 +46,10 @@ def engine_args(model: ModelInfo, file: str, norm: bool, given: dict[str, Any]) 
 
 def check_vectors(file: str, vectors: SteeringVectors, model: ModelInfo, width: int) -> None:
     """Raises ValueError, in one line, for vectors of another model than one of `width` features."""
-    if not _same_model(vectors.model, model.path):
+    same = same_model(vectors.model_digest, model.digest)
+    if same is None and _same_name(vectors.model, model.path):
+        _warn_of_name(f"--steering {file}: only the name says that its vectors are of {model.path}")
+    elif not same:
         raise ValueError(
             f"--steering {file}: its vectors are of the model {vectors.model}, not of {model.path}; make them of this "
             "one with `agd-vllm vectors`"
@@ -62,7 +70,13 @@ def check_layers(option: str, numbers: Any, num_layers: int) -> None:
             raise ValueError(f"{option}: no layer {number}; the model has layers 0 to {num_layers - 1}")
 
 
-def _same_model(made_of: str, path: str) -> bool:
-    """Whether two names are of one model: folders move, and a hub id may lie in one of its name."""
+@functools.cache
+def _warn_of_name(message: str) -> None:
+    """Once, however often a run checks its file."""
+    log.warning("%s", message)
+
+
+def _same_name(made_of: str, path: str) -> bool:
+    """Whether two names may be of one model: folders move, and a hub id may lie in one of its name."""
     last = [os.path.basename(os.path.realpath(name)) for name in (made_of, path)]
     return made_of == path or last[0] == last[1]

@@ -25,12 +25,14 @@ METADATA = ("method", "model", "digest")
 class SteeringVectors:
     """`layers`: number of a decoder layer, from 0, to the vector [d], float32, for the stream that leaves it.
 
-    `method` and `model` say what made them and of which model, as it was named.
+    `method` and `model` say what made them and of which model, as it was named; `model_digest` is that of
+    `models.digest.model_digest`, None in a file that was made without one.
     """
 
     layers: Mapping[int, torch.Tensor]
     method: str
     model: str
+    model_digest: str | None = None
 
     @property
     def digest(self) -> str:
@@ -52,6 +54,8 @@ def write_vectors(path: str, vectors: SteeringVectors) -> None:
     place, name = place_of_file(path)
     named = {f"layer.{number}": vector.contiguous() for number, vector in sorted(vectors.layers.items())}
     metadata = {"method": vectors.method, "model": vectors.model, "digest": vectors.digest}
+    if vectors.model_digest is not None:
+        metadata["model_digest"] = vectors.model_digest
     place.write(name, save(named, metadata))
 
 
@@ -85,7 +89,8 @@ def read_vectors(path: str) -> SteeringVectors:
     if not layers:
         raise _unreadable(path, "it holds no layer")
     # A safetensors file is read in no order of its own.
-    vectors = SteeringVectors(dict(sorted(layers.items())), metadata["method"], metadata["model"])
+    of_model = (metadata["method"], metadata["model"], metadata.get("model_digest"))
+    vectors = SteeringVectors(dict(sorted(layers.items())), *of_model)
     if vectors.digest != metadata["digest"]:
         raise _unreadable(path, "its digest is not that of its vectors, so it is damaged")
     return vectors
