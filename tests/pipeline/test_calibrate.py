@@ -101,7 +101,7 @@ def check_calibration(status, out, err, output, model):
     }
     assert f"tau {tau['tau']:.3f}" in out
     assert matplotlib.image.imread(output / "entropy.png").std() > 0
-    assert {path.name for path in output.iterdir()} == {"entropy.parquet", "entropy.png", "tau.json"}
+    assert {path.name for path in output.iterdir()} == {".lock", "entropy.parquet", "entropy.png", "tau.json"}
 
 
 @pytest.fixture
