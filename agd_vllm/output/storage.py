@@ -155,13 +155,18 @@ class OutputDirectory:
         path = self.path(name)
         with self.faults(name, FileExistsError, NoConditionalCreation):
             self._fs.makedirs(os.path.dirname(path), exist_ok=True)
-            if self.local:
-                with open(path, "xb", buffering=0) as file:
-                    file.write(data)
-            elif not _creates_in_one_step(self._fs):
-                raise NoConditionalCreation
-            else:
-                _create_new(self._fs, path, data)
+            try:
+                if self.local:
+                    with open(path, "xb", buffering=0) as file:
+                        file.write(data)
+                elif _creates_in_one_step(self._fs):
+                    self._fs.pipe_file(path, data, mode="create")
+                else:
+                    raise NoConditionalCreation
+            except Exception as error:
+                if meaning := _why_not_created(error):
+                    raise meaning from error
+                raise
 
     def stamped(self, name: str) -> tuple[bytes, datetime] | None:
         """A small file's content and when it was written by the storage's clock; None where there is no such file."""
@@ -231,21 +236,15 @@ def is_temporary(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
 
 
-def _create_new(fs: AbstractFileSystem, path: str, data: bytes) -> None:
-    try:
-        fs.pipe_file(path, data, mode="create")
-    except FileExistsError:
-        raise
-    except (NotImplementedError, TypeError) as error:
-        raise NoConditionalCreation from error
-    except Exception as error:
-        # Other stores than Amazon's do not name the condition in their answer, by which s3fs recognises it.
-        answer = getattr(error.__cause__ or error, "response", None) or {}
-        if answer.get("Error", {}).get("Code") in _CONDITION_NOT_MET:
-            raise FileExistsError(path) from error
-        if getattr(error, "errno", None) in _NOT_IMPLEMENTED:
-            raise NoConditionalCreation from error
-        raise
+def _why_not_created(error: Exception) -> Exception | None:
+    """What a fault in creating a new file means, where it is none of the storage's own."""
+    # Other stores than Amazon's do not name the condition in their answer, by which s3fs recognises it.
+    answer = getattr(error.__cause__, "response", None) or {}
+    if answer.get("Error", {}).get("Code") in _CONDITION_NOT_MET:
+        return FileExistsError(str(error))
+    if isinstance(error, NotImplementedError | TypeError) or getattr(error, "errno", None) in _NOT_IMPLEMENTED:
+        return NoConditionalCreation()
+    return None
 
 
 def _creates_in_one_step(fs: AbstractFileSystem) -> bool:
