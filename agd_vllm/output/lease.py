@@ -64,11 +64,13 @@ class Lease:
         with self._renewing:
             self.check()
             begun = time.monotonic()
-            # Who takes a lease removes it: where that run has ended by now, the next number is free again.
-            held = self._create(self._number + 1)
-            if not held or self._output.stamped(self._name(self._number)) is None:
-                if held:
-                    self._output.remove(self._name(self._number + 1))
+            # Who takes a lease removes it. Where that run has ended by now, the next number is free again.
+            own, following = self._name(self._number), self._name(self._number + 1)
+            held = self._is_own(own) and self._create(following)
+            if held and not self._is_own(own):
+                self._output.remove(following)
+                held = False
+            if not held:
                 self._taken = (
                     f"output {self._output.name}: another run has taken it over from this one, whose lease had "
                     "expired, so this one stops; what it wrote is kept, and the same command resumes it"
@@ -76,16 +78,15 @@ class Lease:
                 self.check()
             self._number += 1
             self._renewed = begun
-            self._output.remove(self._name(self._number - 1))
+            self._output.remove(own)
 
     def release(self) -> None:
         """Lets another run begin at once. A lease that cannot be removed expires."""
         self._released.set()
         with self._renewing, suppress(OutputFailed):
-            if not self._taken:
-                for number in self._numbers():
-                    if number <= self._number:
-                        self._output.remove(self._name(number))
+            for number in self._numbers():
+                if self._is_own(self._name(number)):
+                    self._output.remove(self._name(number))
 
     def _keep(self) -> None:
         while not self._released.wait(RENEWED_EVERY):
@@ -98,9 +99,9 @@ class Lease:
     def _take(self) -> int:
         for _ in range(ATTEMPTS):
             number = max(self._expired(), default=-1) + 1
-            if not self._create(number):
-                continue
             name = self._name(number)
+            if not self._create(name):
+                continue
             try:
                 if self._create_again(name):
                     raise NoConditionalCreation
@@ -114,17 +115,19 @@ class Lease:
             return number
         raise OutputFailed(f"output {self._output.name}: other runs begin there, too; start one of them")
 
-    def _create(self, number: int) -> bool:
-        """False where the lease of this number is another run's."""
-        name = self._name(number)
+    def _create(self, name: str) -> bool:
+        """False where the lease of this name is another run's."""
         holder = {"host": socket.gethostname(), "process": os.getpid(), "expires_after": EXPIRES_AFTER}
         try:
             self._output.create_new(name, json.dumps(holder | {"token": self._token}).encode())
         except FileExistsError:
             # It is this run's where a client repeated a request that had been carried out.
-            found = self._output.stamped(name)
-            return found is not None and _read(found[0]).get("token") == self._token
+            return self._is_own(name)
         return True
+
+    def _is_own(self, name: str) -> bool:
+        found = self._output.stamped(name)
+        return found is not None and _read(found[0]).get("token") == self._token
 
     def _create_again(self, name: str) -> bool:
         """Whether the storage ignores the condition, as some stores do."""
