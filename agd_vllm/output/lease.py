@@ -146,6 +146,8 @@ class Lease:
             leases = [lease for lease in found if lease is not None]
             if len(leases) == len(numbers):
                 break
+        else:
+            raise OutputFailed(f"output {self._output.name}: another run is writing there; wait for it or stop it")
         now = self._now() if leases else None
         for content, written in leases:
             holder = _read(content)
