@@ -126,8 +126,7 @@ class Lease:
         return True
 
     def _is_own(self, name: str) -> bool:
-        found = self._output.stamped(name)
-        return found is not None and _read(found[0]).get("token") == self._token
+        return _read(self._output.content(name) or b"").get("token") == self._token
 
     def _create_again(self, name: str) -> bool:
         """Whether the storage ignores the condition, as some stores do."""
@@ -141,16 +140,16 @@ class Lease:
         """The numbers of all leases but this run's own. Raises OutputFailed where one of them has not expired."""
         for _ in range(ATTEMPTS):
             numbers = [number for number in self._numbers() if number != but]
-            found = [self._output.stamped(self._name(number)) for number in numbers]
+            names = [self._name(number) for number in numbers]
+            leases = [(self._output.content(name), self._output.written_at(name)) for name in names]
             # One that is gone was renewed or released since its name was read.
-            leases = [lease for lease in found if lease is not None]
-            if len(leases) == len(numbers):
+            if all(written for _, written in leases):
                 break
         else:
             raise OutputFailed(f"output {self._output.name}: another run is writing there; wait for it or stop it")
         now = self._now() if leases else None
         for content, written in leases:
-            holder = _read(content)
+            holder = _read(content or b"")
             seconds = holder.get("expires_after", EXPIRES_AFTER)
             left = (written - now).total_seconds() + seconds
             if left > 0:
@@ -165,11 +164,11 @@ class Lease:
         """The time on the storage's clock: this machine's may be wrong."""
         name = self._path(f".clock-{self._token}.tmp")
         self._output.create_new(name, b"")
-        stamped = self._output.stamped(name)
+        now = self._output.written_at(name)
         self._output.remove(name)
-        if stamped is None:
+        if now is None:
             raise OutputFailed(f"output {self._output.name}: {name} is gone at once; run the same command again")
-        return stamped[1]
+        return now
 
     def _numbers(self) -> list[int]:
         found = (re.fullmatch(re.escape(LEASE) + r"(\d+)", name) for name in self._output.names(self._folder))

@@ -168,14 +168,17 @@ class OutputDirectory:
                     raise meaning from error
                 raise
 
-    def stamped(self, name: str) -> tuple[bytes, datetime] | None:
-        """A small file's content and when it was written by the storage's clock; None where there is no such file."""
-        with self.faults(name):
+    def content(self, name: str) -> bytes | None:
+        """A small file's content; None where there is no such file."""
+        with self.faults(name), suppress(FileNotFoundError):
             self._fs.invalidate_cache()
-            try:
-                return self._fs.cat_file(self.path(name)), self._fs.modified(self.path(name))
-            except FileNotFoundError:
-                return None
+            return self._fs.cat_file(self.path(name))
+
+    def written_at(self, name: str) -> datetime | None:
+        """When a file was written, by the storage's clock; None where there is no such file."""
+        with self.faults(name), suppress(FileNotFoundError):
+            self._fs.invalidate_cache()
+            return self._fs.modified(self.path(name))
 
     def remove_temporaries(self, folder: str = "") -> None:
         """Removes what processes that died left half written. For the one process that may write there."""
