@@ -73,7 +73,7 @@ class BufferedWriter(ABC):
         self._since = None
 
     def close(self) -> None:
-        """Flushes, and lets another process write into the directory."""
+        """Flushes, and releases the directory to other processes."""
         try:
             self.flush()
             self._error_log.merge()

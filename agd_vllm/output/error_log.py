@@ -1,4 +1,4 @@
-"""Failed rows as lines of JSON, `errors.jsonl`: a file that grows on a disk, parts that are merged on object stores."""
+"""Failed rows as lines of JSON: on a disk a file that grows, on object stores parts that the run's end merges."""
 
 from __future__ import annotations
 
@@ -73,7 +73,10 @@ class ErrorLog:
 
 
 def unmerged(output: OutputDirectory, name: str) -> Iterator[dict[str, Any]]:
-    """The errors that are in parts only, of a run that goes on or was killed; those that two runs recorded once."""
+    """The errors that are in parts only, because their run still writes or was killed.
+
+    An error that two runs at once recorded is given once.
+    """
     names = _part_paths(output, name)
     if not names or _are_merged(output, name, names):
         return

@@ -81,7 +81,7 @@ class Lease:
             self._output.remove(own)
 
     def release(self) -> None:
-        """Lets another run begin at once. A lease that cannot be removed expires."""
+        """Removes the lease: another run may begin at once. A lease that cannot be removed expires."""
         self._released.set()
         with self._renewing, suppress(OutputFailed):
             for number in self._numbers():

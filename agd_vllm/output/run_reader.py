@@ -22,7 +22,7 @@ _STEP_COLUMNS = ["id", *(field.name for field in fields(GuidedStep))]
 
 
 class RunReader:
-    """Reads what `agd-vllm decode` has made durable, while it goes on, too.
+    """Reads what `agd-vllm decode` has made durable, also while it runs.
 
     Raises ValueError, with one line, for a directory that holds no run, and OutputFailed, from every method, where a
     file cannot be read.

@@ -31,7 +31,7 @@ class NoConditionalCreation(Exception):
 
 
 class OutputFailed(Exception):
-    """The output cannot be written or read back. One line; what was durable before is whole, and a resume goes on."""
+    """The output cannot be written or read back. One line; what was durable before is whole, and a resume continues."""
 
 
 class OutputDirectory:

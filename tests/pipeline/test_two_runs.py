@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,27 +13,20 @@ import pytest
 from chaos import heed_interrupts
 from conftest import CHECKOUT
 from real_runs import engine_options, write_rows
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from agd_vllm.output.storage import OutputDirectory
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 ROWS, TOKENS = 40, 48
 
 
 @pytest.fixture
-def command(smollm2, s3, tmp_path):
+def command(tiny_demo, s3, tmp_path):
     """What to start, as a scheduler does it again."""
-    shape = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=49152, **shape)).save_pretrained(tmp_path / "model")
-    for name in TOKENIZER:
-        if (smollm2 / name).exists():
-            shutil.copy(smollm2 / name, tmp_path / "model")
     rows = [{"id": f"r{number}", "prompt": f"{number} is", "min_tokens": TOKENS} for number in range(ROWS)]
     data = write_rows(tmp_path / "rows.jsonl", [{"id": "bad"}, *rows])
     command = [sys.executable, "-m", "agd_vllm", "decode", str(data), "--output", s3.url, "--strategy", "greedy"]
-    command += ["--model", str(tmp_path / "model"), "--max-tokens", f"{TOKENS}", "--part-rows", "3"]
-    return command + engine_options(max_num_seqs=2)
+    command += ["--model", str(tiny_demo), "--max-tokens", f"{TOKENS}", "--part-rows", "3"]
+    return command + engine_options(max_model_len=256, max_num_seqs=2)
 
 
 def run(command, s3):
