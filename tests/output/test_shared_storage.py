@@ -169,6 +169,19 @@ def test_a_run_that_a_signal_ends_removes_its_lease(s3):
     assert sorted(read(s3.url)) == wanted(["r0", "r1", "r2"])
 
 
+def test_a_run_that_a_fault_ends_removes_its_lease(s3, monkeypatch):
+    open_run(s3.url, {}, resume=True)
+
+    def full(output, name, table):
+        raise OutputFailed("no room")
+
+    monkeypatch.setattr(OutputDirectory, "write_table", full)
+    with pytest.raises(OutputFailed, match="no room"), RunWriter(s3.url) as writer:
+        writer.add(decoded("r0"))
+        writer.flush()
+    assert not [name for name in s3.names() if "lease" in name]
+
+
 def test_what_a_killed_run_left_waits_for_its_lease_to_expire(s3):
     process = other(s3, "wait")
     process.kill()
