@@ -45,7 +45,7 @@ def wait_for(there, process):
     deadline = time.monotonic() + 240
     while not there():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.1)
+        time.sleep(0.2)
 
 
 def leases(s3):
