@@ -218,7 +218,7 @@ def test_parts_of_an_older_version_are_resumed(s3):
 # Errors on object stores
 
 
-def test_errors_are_parts_while_a_run_goes_on_and_one_file_at_its_end(s3):
+def test_errors_are_parts_while_a_run_writes_and_one_file_at_its_end(s3):
     write(s3.url, errors=[failed("r1")])
     first = s3.read("errors.jsonl")
     with RunWriter(s3.url) as writer:
