@@ -26,6 +26,7 @@ from agd_vllm.prompts.heads import read_head_set
 from agd_vllm.prompts.prepare import Preparer
 from agd_vllm.records import DecodedRow, InputRow, RowError
 from agd_vllm.trace import TraceFile
+from agd_vllm.version import check_vllm
 
 log = logging.getLogger("agd_vllm")
 
@@ -48,6 +49,7 @@ class Decoder:
         self._strategy = options.strategy
         self._attribution = self._strategy.attribution(options.dtype, options.max_model_len)
         self._default_roi = parse_selector_option(options.default_roi)
+        check_vllm()
         check_engine_args(options.engine_args)
         self.model, self.tokenizer = inspect_model(
             options.model,

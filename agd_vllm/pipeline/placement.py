@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import signal
@@ -18,7 +19,6 @@ from agd_vllm.attribution.worker import AttributionSettings, AttributionWorker
 from agd_vllm.engine.settings import EngineSettings
 from agd_vllm.models.host import usable_cores
 from agd_vllm.models.inspect import ModelInfo
-from agd_vllm.pipeline.cores import split_cores
 from agd_vllm.pipeline.ray_token import provide_token
 from agd_vllm.pipeline.replica import Replica
 from agd_vllm.pipeline.signals import not_for_children
@@ -205,3 +205,19 @@ def _runtime_env(debug: bool) -> dict[str, Any]:
     if not debug:
         variables |= {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     return {"env_vars": variables}
+
+
+def split_cores(engines: int, workers: int) -> tuple[list[list[int]], list[list[int]]]:
+    """CPU cores of each engine and of each worker: equal, disjoint shares of this process's cores.
+
+    Two actors on one core slow each other at every step. With fewer cores than actors they share: engines and workers
+    then go round the cores in turn.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    actors = engines + workers
+    if len(cores) < actors:
+        shares = [[cores[index % len(cores)]] for index in range(actors)]
+    else:
+        bounds = [len(cores) * index // actors for index in range(actors + 1)]
+        shares = [cores[start:end] for start, end in itertools.pairwise(bounds)]
+    return shares[:engines], shares[engines:]

@@ -18,9 +18,9 @@ from agd_vllm.output.run_reader import RunReader
 from agd_vllm.output.summary import OutputUnusable, count_outputs
 from agd_vllm.pipeline.progress import say
 from agd_vllm.pipeline.relevance_fleet import Attributed, RelevanceFleet, Task
-from agd_vllm.pipeline.versions import versions
 from agd_vllm.records import DecodedRow
 from agd_vllm.strategies.registry import STRATEGIES
+from agd_vllm.version import versions
 
 # Beside `relevance/`: what it was computed with, and, at the end, how much of it there is.
 DESCRIPTION = "relevance.json"

@@ -20,12 +20,12 @@ from agd_vllm.pipeline.engines import Engines
 from agd_vllm.pipeline.options import DecoderOptions
 from agd_vllm.pipeline.progress import ProgressLine, print_summary, say
 from agd_vllm.pipeline.tally import Tally
-from agd_vllm.pipeline.versions import versions
 from agd_vllm.prompts.answers import given_answer, gives_answer
 from agd_vllm.prompts.dry_run import dry_run
 from agd_vllm.prompts.prepare import Preparer
 from agd_vllm.records import InputRow, RowError, RowRefused
 from agd_vllm.strategies.agd import Agd
+from agd_vllm.version import versions
 
 
 @dataclass(frozen=True, slots=True)
