@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from agd_vllm.models.architectures import TEXT_MODEL, check_supported
+from agd_vllm.models.architectures import FAMILIES, check_supported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -19,7 +19,7 @@ class HFModel:
     def __init__(self, architecture: str, model: PreTrainedModel):
         self.architecture = architecture
         self.model = model
-        self.stack = attrgetter(TEXT_MODEL[architecture])(model)
+        self.stack = attrgetter(FAMILIES[architecture].stack)(model)
         self.config = self.stack.config
         self.unembedding: torch.Tensor = model.get_output_embeddings().weight
         self.device = self.unembedding.device

@@ -60,6 +60,7 @@ def _json_object(_ctx: click.Context, _param: click.Parameter, given: str) -> di
 
 
 def at_least_one(ctx: click.Context, _param: click.Parameter, given: int | None) -> int | None:
+    """For click: a whole number from 1, or none."""
     if given is not None and given < 1:
         raise click.BadParameter(f"{given}: at least 1")
     return given

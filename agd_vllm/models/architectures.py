@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-TEXT_MODEL = {
-    "Gemma3ForCausalLM": "model",
-    "Gemma3ForConditionalGeneration": "model.language_model",
-    "LlamaForCausalLM": "model",
-    "MistralForCausalLM": "model",
-    "Qwen2ForCausalLM": "model",
-    "Qwen3ForCausalLM": "model",
+INLINE, DOLA, STEER = "inline", "dola", "steer"
+
+
+class Family(NamedTuple):
+    """A family of models: `stack` is the path of the decoder layers in the Hugging Face model, `vllm` the module of
+    vLLM's class (below vllm.model_executor.models), `works` what a class of ours adds to that."""
+
+    stack: str
+    vllm: str | None = None
+    works: tuple[str, ...] = ()
+
+
+FAMILIES = {
+    "Gemma3ForCausalLM": Family("model", "gemma3", (INLINE, STEER)),
+    "Gemma3ForConditionalGeneration": Family("model.language_model"),
+    "LlamaForCausalLM": Family("model", "llama", (INLINE, DOLA, STEER)),
+    "MistralForCausalLM": Family("model", "mistral", (INLINE, DOLA, STEER)),
+    "Qwen2ForCausalLM": Family("model", "qwen2", (INLINE, DOLA, STEER)),
+    "Qwen3ForCausalLM": Family("model", "qwen3", (INLINE, DOLA, STEER)),
 }
-"""Architecture, as `config.architectures` names it, to the path of the stack of decoder layers in the HF model."""
+"""Every family that attribution supports, by its architecture as `config.architectures` names it."""
 
-SUPPORTED = tuple(TEXT_MODEL)
+SUPPORTED = tuple(FAMILIES)
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 """Activations of the gated MLP that have a tangent rule."""
@@ -31,7 +43,7 @@ def check_supported(config: Any) -> str:
     rule covers these), a RoPE type that cannot be cached.
     """
     names = getattr(config, "architectures", None) or []
-    name = next((name for name in names if name in TEXT_MODEL), None)
+    name = next((name for name in names if name in FAMILIES), None)
     if name is None:
         given = ", ".join(names) or "none named in its config"
         raise ValueError(f"unsupported architecture: {given}; attribution supports {', '.join(SUPPORTED)}")

@@ -50,6 +50,8 @@ class EngineLost(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaInfo:
+    """What an engine reports once it has loaded: tokens of the longest sequence, rows side by side, seconds."""
+
     max_model_len: int
     max_sessions: int
     load_seconds: float

@@ -11,6 +11,7 @@ from conftest import CHECKOUT
 
 from agd_vllm import version
 from agd_vllm.cli import main
+from agd_vllm.models.architectures import FAMILIES
 
 NAMES = [
     ("vllm.config", "ModelConfig.model_class_overrides"),
@@ -62,7 +63,8 @@ def imported_from_vllm() -> list[tuple[str, str]]:
                     found |= {(node.module, alias.name) for alias in node.names}
                 elif isinstance(node, ast.Import):
                     assert not any(alias.name.startswith("vllm.") for alias in node.names), "from ... import name"
-    return sorted(found)
+    of_families = {(family.vllm, name) for name, family in FAMILIES.items() if family.vllm}
+    return sorted(found | {(f"vllm.model_executor.models.{module}", name) for module, name in of_families})
 
 
 def test_the_list_comes_from_the_code():
