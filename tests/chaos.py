@@ -67,7 +67,9 @@ class ChaosRun:
         self._log, self._faults = folder / "log.txt", folder / "faults.jsonl"
         self._command = [sys.executable, "-m", "agd_vllm", "decode", str(data), "--output", str(self.output)]
         self._command += ["--model", str(model), "--dtype", "float32", "--max-model-len", "1024", "--part-rows", "5"]
-        self._command += ["--log-json", str(self._faults), "--scorer", scorer, *options]
+        # The default is not named: another strategy has no scorer.
+        self._command += ["--log-json", str(self._faults), *(["--scorer", scorer] if scorer != "forward" else [])]
+        self._command += options
         for arg in ("enforce_eager=true", "kv_cache_memory_bytes=268435456", "max_num_seqs=8"):
             self._command += ["--engine-arg", arg]
 

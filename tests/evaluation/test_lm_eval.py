@@ -127,7 +127,7 @@ def row(model, context, **settings):
 
 
 def test_requests_become_rows(model):
-    assert model._options.tau == 0.5
+    assert model._options.strategy.tau == 0.5
     system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}
     chat = row(model, model.apply_chat_template([system, user]), until="\n\n", max_gen_toks=7, temperature=0)
     assert chat == {
@@ -239,7 +239,7 @@ def test_a_repetition_penalty_is_the_requests_own_else_the_models(monkeypatch, s
     class Penalties(_Decodes):
         def _outcomes(self, items):
             for decoded in super()._outcomes(items):
-                penalties[decoded.text] = self.decoder.options.repetition_penalty
+                penalties[decoded.text] = self.decoder.options.strategy.repetition_penalty
                 yield decoded
 
     engines = Penalties(monkeypatch)
