@@ -1,6 +1,7 @@
 """A dataset's run around a stand-in for the engines."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ class Decoding:
     before_fault: int = ROWS
     fault: type[BaseException] | None = None
     metadata: str = "null"
+    at_row: Callable[[int], None] = lambda number: None
     rows_on_disk_at_close: int | None = None
     offered: list[str] = field(default_factory=list)
     load_seconds: float = 1.5
@@ -44,6 +46,7 @@ class Decoding:
             if self.fault is not None and number == self.before_fault:
                 raise self.fault
             assert isinstance(row, InputRow)
+            self.at_row(number)
             self.offered.append(row.id)
             yield decoded(row.id, self.metadata)
 

@@ -25,6 +25,7 @@ GROUPS = {
     "evaluate": ("evaluation/test_evaluate.py",),
     "dola": ("dola/test_dola.py", "pipeline/test_first_steps.py"),
     "smollm2": ("attribution/test_smollm2.py",),
+    "store": ("pipeline/test_two_runs.py", "output/test_shared_storage.py", "output/test_lease.py"),
     "writer": ("output/test_writer.py",),
 }
 GROUP = {f"tests/{file}": group for group, files in GROUPS.items() for file in files}

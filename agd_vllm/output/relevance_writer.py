@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from agd_vllm.input.id_set import IdSet
 from agd_vllm.output.buffered import BufferedWriter
-from agd_vllm.output.writer import LOCK
+from agd_vllm.output.parts import next_number, part_name, parts
 
 # The folder holds Parquet only, so that it can be read as one table.
 RELEVANCE = "relevance"
@@ -53,7 +54,7 @@ class RelevanceWriter(BufferedWriter):
         self._steps: Counter[str] = Counter()
         self._failed: set[str] = set()
         self.relevances = 0
-        super().__init__(directory, f"{RELEVANCE}/{LOCK}", RELEVANCE_ERRORS, PART_SECONDS)
+        super().__init__(directory, RELEVANCE, RELEVANCE_ERRORS, PART_SECONDS)
 
     @property
     def rows(self) -> int:
@@ -92,21 +93,26 @@ class RelevanceWriter(BufferedWriter):
 
     def _flush_rows(self) -> None:
         if self._buffer:
-            self._output.write_table(f"{RELEVANCE}/part-{self._next_part:05d}.parquet", _table(self._buffer))
+            part = part_name(self._next_part, self._writer)
+            self._output.write_table(f"{RELEVANCE}/{part}", _table(self._buffer))
             self._next_part += 1
             self._buffer, self._bytes = [], 0
 
     def _recover(self) -> None:
         self._output.make_folder(RELEVANCE)
-        self._remove_temporaries(f"{RELEVANCE}/")
-        self._recover_errors(lambda record: self._failed.add(record["id"]))
-        parts = self._output.parts(RELEVANCE)
-        for name in parts.values():
-            table = self._output.read_table(name, ["id", "step"])
-            self.relevances += table.num_rows
-            for row in table.group_by("id").aggregate([("step", "count_distinct")]).to_pylist():
-                self._steps[row["id"]] += row["step_count_distinct"]
-        self._next_part = max(parts, default=-1) + 1
+        if self._claim.exclusive:
+            self._output.remove_temporaries(RELEVANCE)
+        self._error_log.recover(lambda record: self._failed.add(record["id"]))
+        names = parts(self._output, RELEVANCE)
+        counted = IdSet()
+        for part in names:
+            table = self._output.read_table(f"{RELEVANCE}/{part}", ["id", "step"])
+            for found in table.group_by(["id", "step"]).aggregate([([], "count_all")]).to_pylist():
+                # Two runs at once, where storage could keep neither away, attribute a step twice.
+                if counted.add(f"{found['step']} {found['id']}"):
+                    self._steps[found["id"]] += 1
+                    self.relevances += found["count_all"]
+        self._next_part = next_number(names)
 
 
 def _table(rows: list[tuple[str, TokenRelevance]]) -> pa.Table:

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from agd_vllm.output.parts import Firsts, parts, steps_of
 from agd_vllm.output.relevance_writer import RELEVANCE
 from agd_vllm.output.storage import OutputDirectory
 from agd_vllm.output.summary import RUN, SUMMARY
@@ -21,7 +22,7 @@ _STEP_COLUMNS = ["id", *(field.name for field in fields(GuidedStep))]
 
 
 class RunReader:
-    """Reads what `agd-vllm decode` has made durable, while it goes on, too.
+    """Reads what `agd-vllm decode` has made durable, also while it runs.
 
     Raises ValueError, with one line, for a directory that holds no run, and OutputFailed, from every method, where a
     file cannot be read.
@@ -32,8 +33,8 @@ class RunReader:
         self.output = OutputDirectory(directory)
         if not {RUN, SUMMARY}.intersection(self.output.names()):
             raise ValueError(f"run {directory}: no run is there; give the output directory of agd-vllm decode")
-        self.results = self.output.parts("results")
-        self._steps = self.output.parts("steps")
+        self._parts = parts(self.output, "results")
+        self._with_steps = {*parts(self.output, "steps")}
 
     def parameters(self) -> dict[str, Any]:
         """What ran, and, once the run has ended or was broken off, its counts and times: `summary.json`."""
@@ -45,37 +46,49 @@ class RunReader:
 
     def ids(self) -> list[str]:
         """The ids of all decoded rows, in completion order."""
-        return [id for name in self.results.values() for id in self.output.read_table(name, ["id"])["id"].to_pylist()]
+        return [id for _, table in self._results(["id"]) for id in table["id"].to_pylist()]
 
     def rows(self, ids: Collection[str] | None = None) -> Iterator[DecodedRow]:
         """Decoded rows with their guided steps, in completion order; of these ids only, where some are given."""
         wanted = None if ids is None else pa.array(list(ids), pa.string())
-        for number, name in self.results.items():
-            results = _only(self.output.read_table(name, _ROW_COLUMNS), wanted)
-            if not results.num_rows:
+        for part, table in self._results(_ROW_COLUMNS, wanted):
+            if not table.num_rows:
                 continue
-            steps = self._steps_of(number, results["id"])
-            for row in results.to_pylist():
+            steps = self._steps(part, table)
+            for row in table.to_pylist():
                 spans = tuple(Span(**span) for span in row.pop("roi_spans"))
                 yield DecodedRow(**row, roi_spans=spans, steps=steps[row["id"]])
 
     def step_columns(self, columns: list[str]) -> Iterator[pa.Table]:
         """Some columns of all guided steps of decoded rows, part by part."""
-        for number in self._steps.keys() & self.results.keys():
-            yield self.output.read_table(self._steps[number], columns)
+        firsts = Firsts()
+        for part in self._parts:
+            ids = self.output.read_table(f"results/{part}", ["id"])
+            kept = firsts.of(ids)
+            if part in self._with_steps:
+                yield steps_of(self.output, part, columns, None if kept is ids else kept)
 
     def relevance(self, ids: Collection[str]) -> Iterator[dict[str, Any]]:
         """What `agd-vllm attribute` wrote for these rows; nothing where it wrote nothing."""
         wanted = pa.array(list(ids), pa.string())
-        for name in self.output.parts(RELEVANCE).values():
-            for batch in _only(self.output.read_table(name), wanted).to_batches(max_chunksize=256):
-                yield from batch.to_pylist()
+        seen: set[tuple[str, int, int]] = set()
+        for part in parts(self.output, RELEVANCE):
+            for batch in _only(self.output.read_table(f"{RELEVANCE}/{part}"), wanted).to_batches(max_chunksize=256):
+                for found in batch.to_pylist():
+                    key = (found["id"], found["step"], found["token_id"])
+                    if key not in seen:
+                        seen.add(key)
+                        yield found
 
-    def _steps_of(self, number: int, ids: pa.ChunkedArray) -> dict[str, list[GuidedStep]]:
+    def _results(self, columns: list[str], wanted: pa.Array | None = None) -> Iterator[tuple[str, pa.Table]]:
+        firsts = Firsts()
+        for part in self._parts:
+            yield part, firsts.of(_only(self.output.read_table(f"results/{part}", columns), wanted))
+
+    def _steps(self, part: str, rows: pa.Table) -> dict[str, list[GuidedStep]]:
         steps: defaultdict[str, list[GuidedStep]] = defaultdict(list)
-        if number in self._steps:
-            table = self.output.read_table(self._steps[number], _STEP_COLUMNS)
-            for step in _only(table, ids.combine_chunks()).to_pylist():
+        if part in self._with_steps:
+            for step in steps_of(self.output, part, _STEP_COLUMNS, rows).to_pylist():
                 steps[step.pop("id")].append(GuidedStep(**step))
         return steps
 

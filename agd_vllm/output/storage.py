@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import io
 import json
 import os
-import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from typing import Any, BinaryIO
 
 import fsspec
@@ -19,9 +20,18 @@ from fsspec.implementations.local import LocalFileSystem
 
 from agd_vllm.input.named_once import parse_json
 
+# What a store answers where it has no conditional requests; a client without them takes no such argument.
+_NOT_IMPLEMENTED = (errno.ENOSYS, errno.EOPNOTSUPP)
+# S3's codes for a condition that is not met. The last one: another process is creating the same object right now.
+_CONDITION_NOT_MET = ("PreconditionFailed", "412", "ConditionalRequestConflict")
+
+
+class NoConditionalCreation(Exception):
+    """The storage cannot create a file on the condition that there is none of its name."""
+
 
 class OutputFailed(Exception):
-    """The output cannot be written or read back. One line; what was durable before is whole, and a resume goes on."""
+    """The output cannot be written or read back. One line; what was durable before is whole, and a resume continues."""
 
 
 class OutputDirectory:
@@ -39,6 +49,8 @@ class OutputDirectory:
         if _in_memory(self._fs):
             raise ValueError(f"output {directory}: what is in memory is gone with this process; give a folder or a URL")
         self.local = isinstance(self._fs, LocalFileSystem)
+        # Processes that write a file of one name at once must not write into each other's temporary file.
+        self._token = secrets.token_hex(4)
 
     def path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}" if name else self._root
@@ -51,11 +63,6 @@ class OutputDirectory:
                 return sorted(os.path.basename(path) for path in self._fs.ls(self.path(folder), detail=False))
             except FileNotFoundError:
                 return []
-
-    def parts(self, folder: str) -> dict[int, str]:
-        """Part numbers of `results` or `steps`, ascending, with their names relative to the directory."""
-        found = ((re.fullmatch(r"part-(\d+)\.parquet", name), name) for name in self.names(folder))
-        return dict(sorted((int(match[1]), f"{folder}/{name}") for match, name in found if match))
 
     def is_file(self) -> bool:
         with self.faults(""):
@@ -84,7 +91,8 @@ class OutputDirectory:
             return pq.read_table(file, columns=columns)
 
     def remove(self, name: str) -> None:
-        with self.faults(name):
+        """Removes a file; nothing is done where there is none."""
+        with self.faults(name), suppress(FileNotFoundError):
             self._fs.rm_file(self.path(name))
 
     def rename(self, name: str, new: str) -> None:
@@ -111,7 +119,7 @@ class OutputDirectory:
         What the block raises is passed on as it is: its writes want `faults` of their own.
         """
         folder, _, base = name.rpartition("/")
-        temporary = self.path(f"{folder}/.{base}.tmp" if folder else f".{base}.tmp")
+        temporary = self.path(f"{folder}/.{base}.{self._token}.tmp" if folder else f".{base}.{self._token}.tmp")
         with self.faults(name):
             self._fs.makedirs(self.path(folder), exist_ok=True)  # object stores drop empty folders
         file = None
@@ -130,18 +138,56 @@ class OutputDirectory:
                 else:
                     self._fs.mv(temporary, self.path(name))
         except BaseException:
-            with suppress(Exception):  # the first fault is the one to tell of
+            with suppress(Exception):  # the first fault is the one to report
                 if file is not None:
                     file.close()
             with suppress(Exception):
                 self._fs.rm_file(temporary)
             raise
 
-    def write_from(self, name: str, offset: int, data: bytes) -> None:
-        """Replaces all of a file from `offset` on, durably; what stood before it is kept whatever happens."""
-        if not self.local:  # object stores cannot append
-            kept = self._read(name)[:offset] if offset else b""
-            return self.write(name, kept + data)
+    def create_new(self, name: str, data: bytes) -> None:
+        """Creates a small file in one step, so that of processes that try it at once only one succeeds.
+
+        Raises:
+            FileExistsError: where there is a file of this name.
+            NoConditionalCreation: where the storage has no such operation.
+        """
+        path = self.path(name)
+        with self.faults(name, FileExistsError, NoConditionalCreation):
+            self._fs.makedirs(os.path.dirname(path), exist_ok=True)
+            try:
+                if self.local:
+                    with open(path, "xb", buffering=0) as file:
+                        file.write(data)
+                elif _creates_in_one_step(self._fs):
+                    self._fs.pipe_file(path, data, mode="create")
+                else:
+                    raise NoConditionalCreation
+            except Exception as error:
+                if meaning := _why_not_created(error):
+                    raise meaning from error
+                raise
+
+    def content(self, name: str) -> bytes | None:
+        """A small file's content; None where there is no such file."""
+        with self.faults(name), suppress(FileNotFoundError):
+            self._fs.invalidate_cache()
+            return self._fs.cat_file(self.path(name))
+
+    def written_at(self, name: str) -> datetime | None:
+        """When a file was written, by the storage's clock; None where there is no such file."""
+        with self.faults(name), suppress(FileNotFoundError):
+            self._fs.invalidate_cache()
+            return self._fs.modified(self.path(name))
+
+    def remove_temporaries(self, folder: str = "") -> None:
+        """Removes what processes that died left half written. For the one process that may write there."""
+        for name in self.names(folder):
+            if is_temporary(name):
+                self.remove(f"{folder}/{name}" if folder else name)
+
+    def append(self, name: str, offset: int, data: bytes) -> None:
+        """Replaces all of a local file from `offset` on, durably; what is before it is kept whatever happens."""
         # Unbuffered: closing a file must not try again to write what has just failed.
         with self.faults(name), open(self.path(name), "ab", buffering=0) as file:
             file.truncate(offset)
@@ -157,10 +203,6 @@ class OutputDirectory:
             if not offset:
                 self._sync("")
 
-    def _read(self, name: str) -> bytes:
-        with self.open(name) as file, self.faults(name):
-            return file.read()
-
     def _sync(self, folder: str) -> None:
         """Makes a rename or a new file durable, which is a change of its folder."""
         descriptor = os.open(self.path(folder), os.O_RDONLY)
@@ -169,36 +211,17 @@ class OutputDirectory:
         finally:
             os.close(descriptor)
 
-    def lock(self, name: str) -> BinaryIO | None:
-        """Two runs at once would use the same part numbers. The lock, held by a file of this name, ends with this
-        process, however it dies, or when what is returned is closed; None where the storage has no locks."""
-        if not self.local:
-            return None
-        path = self.path(name)
-        with self.faults(""):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            lock = open(path, "ab")  # noqa: SIM115 (held until it is closed)
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                lock.close()
-                message = f"output {self.name}: another run is writing there; wait for it or stop it"
-                raise OutputFailed(message) from None
-            except OSError:
-                pass  # some network file systems have no locks
-            return lock
-
     @contextmanager
-    def faults(self, name: str) -> Iterator[None]:
-        """One line for any fault: every file system raises kinds of its own, hence Exception."""
+    def faults(self, name: str, *passed: type[Exception]) -> Iterator[None]:
+        """One line for any fault but those `passed` on: every file system raises kinds of its own, hence Exception."""
         try:
             yield
-        except OutputFailed:
+        except (OutputFailed, *passed):
             raise
         except Exception as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
             where = f"{self.name.rstrip('/')}/{name}" if name else self.name
-            raise OutputFailed(f"output {where}: {reason}; mend that and run the same command again") from error
+            raise OutputFailed(f"output {where}: {reason}; fix that and run the same command again") from error
 
 
 def place_of_file(path: str) -> tuple[OutputDirectory, str]:
@@ -209,6 +232,30 @@ def place_of_file(path: str) -> tuple[OutputDirectory, str]:
     if name in ("", ".", "..") or place.is_folder(name):
         raise ValueError(f"--output {path}: that is a folder; name a file")
     return place, name
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is one that is not finished."""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def _why_not_created(error: Exception) -> Exception | None:
+    """What a fault in creating a new file means, where it is none of the storage's own."""
+    # Other stores than Amazon's do not name the condition in their answer, by which s3fs recognises it.
+    answer = getattr(error.__cause__, "response", None) or {}
+    if answer.get("Error", {}).get("Code") in _CONDITION_NOT_MET:
+        return FileExistsError(str(error))
+    if isinstance(error, NotImplementedError | TypeError) or getattr(error, "errno", None) in _NOT_IMPLEMENTED:
+        return NoConditionalCreation()
+    return None
+
+
+def _creates_in_one_step(fs: AbstractFileSystem) -> bool:
+    """fsspec's own method, for file systems that have none, looks first and writes then."""
+    inner = getattr(fs, "fs", None)
+    if isinstance(inner, AbstractFileSystem):
+        return _creates_in_one_step(inner)
+    return getattr(fs.pipe_file, "__func__", None) is not AbstractFileSystem.pipe_file
 
 
 def _in_memory(fs: AbstractFileSystem) -> bool:

@@ -8,17 +8,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from agd_vllm.output.claim import claimed, is_of_a_claim
+from agd_vllm.output.error_log import count_errors
 from agd_vllm.output.identity import run_differences
+from agd_vllm.output.parts import Firsts, parts, steps_of
 from agd_vllm.output.storage import OutputDirectory, OutputFailed
-from agd_vllm.output.writer import ERRORS, LOCK
+from agd_vllm.output.writer import ERRORS
 
 RUN = "run.json"
 SUMMARY = "summary.json"
-_CHUNK_BYTES = 1 << 20
 
 
 class OutputUnusable(Exception):
-    """An output directory that this run must not write into, or cannot. One line: which, why, how to mend it."""
+    """An output directory that this run must not write into, or cannot. One line: which, why, how to fix it."""
 
 
 def open_run(directory: str, identity: dict[str, Any], resume: bool) -> None:
@@ -35,12 +37,15 @@ def open_run(directory: str, identity: dict[str, Any], resume: bool) -> None:
         output = OutputDirectory(directory)
         if output.is_file():
             raise OutputUnusable(f"output {directory} is a file; give a directory")
-        # What the start itself leaves behind if it dies is no one's data.
-        names = set(output.names()) - {LOCK, f".{RUN}.tmp"}
         identity = _finite(identity)
+        names = _names(output)
         if not names:
-            output.write_json(RUN, identity)
-            return
+            # Of two runs that begin in a new directory at once, the second must not replace what the first one is.
+            with claimed(output):
+                names = _names(output)
+                if not names:
+                    output.write_json(RUN, identity)
+                    return
         if RUN not in names:
             raise OutputUnusable(f"output {directory} is not empty and holds no run; give another directory")
         if not resume:
@@ -54,6 +59,11 @@ def open_run(directory: str, identity: dict[str, Any], resume: bool) -> None:
             f"output {directory} holds a different run: {'; '.join(different)}; repeat its options, or give another "
             "directory"
         )
+
+
+def _names(output: OutputDirectory) -> set[str]:
+    """What a directory holds. What a start leaves behind if it dies is no one's data."""
+    return {name for name in output.names() if not is_of_a_claim(name)}
 
 
 def write_summary(directory: str, summary: dict[str, Any]) -> None:
@@ -76,20 +86,18 @@ def count_outputs(directory: str) -> dict[str, int]:
     counts = dict.fromkeys(
         ("rows", "decoded", "failed", "prompt_tokens", "output_tokens", "guided_steps", "changed_tokens"), 0
     )
-    results, steps = output.parts("results"), output.parts("steps")
-    for name in results.values():
-        table = output.read_table(name, ["prompt_token_ids", "token_ids"])
+    firsts, with_steps = Firsts(), {*parts(output, "steps")}
+    for part in parts(output, "results"):
+        whole = output.read_table(f"results/{part}", ["id", "prompt_token_ids", "token_ids"])
+        table = firsts.of(whole)
         counts["decoded"] += table.num_rows
         counts["prompt_tokens"] += _total(pc.list_value_length(table["prompt_token_ids"]))
         counts["output_tokens"] += _total(pc.list_value_length(table["token_ids"]))
-    for number in steps.keys() & results.keys():  # others are of a run that died before their rows were written
-        table = output.read_table(steps[number], ["chosen_id", "greedy_id"])
-        counts["guided_steps"] += table.num_rows
-        counts["changed_tokens"] += _total(pc.not_equal(table["chosen_id"], table["greedy_id"]))
-    if ERRORS in output.names():
-        with output.open(ERRORS) as file, output.faults(ERRORS):
-            while chunk := file.read(_CHUNK_BYTES):
-                counts["failed"] += chunk.count(b"\n")
+        if part in with_steps:
+            steps = steps_of(output, part, ["chosen_id", "greedy_id"], None if table is whole else table)
+            counts["guided_steps"] += steps.num_rows
+            counts["changed_tokens"] += _total(pc.not_equal(steps["chosen_id"], steps["greedy_id"]))
+    counts["failed"] = count_errors(output, ERRORS, firsts.ids.__contains__)
     counts["rows"] = counts["decoded"] + counts["failed"]
     return counts
 

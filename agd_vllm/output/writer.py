@@ -1,8 +1,8 @@
 """The output directory: Parquet parts and `errors.jsonl`, durable in steps and whole after any death.
 
-What a reader may look at appears by a rename of a finished file. Each part has a number: `steps/part-N.parquet` is
-renamed into place before `results/part-N.parquet`, so a row in `results` has its steps, and steps of a part without
-results are those of a run that died between the two, whose rows are decoded again.
+What a reader may look at appears by a rename of a finished file. A part's steps have the name of its results, and are
+renamed into place before these: a row in `results` has its steps, and steps of a part without results are those of a
+run that died between the two, whose rows are decoded again.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 from agd_vllm.input.id_set import IdSet
 from agd_vllm.input.reader import DUPLICATE_ID
 from agd_vllm.output.buffered import BufferedWriter
+from agd_vllm.output.error_log import has_own_id
+from agd_vllm.output.parts import next_number, part_name, parts
 from agd_vllm.records import DecodedRow, GuidedStep, RowError
 
 ERRORS = "errors.jsonl"
-LOCK = ".lock"
 ERROR_BUFFER_BYTES = 16 << 20  # an error carries its row, which may be large: part_rows alone would not bound memory
 
 _SPAN = pa.struct([("start", pa.int32()), ("end", pa.int32()), ("weight", pa.float32())])
@@ -55,10 +56,10 @@ STEPS_SCHEMA = pa.schema(
 class RunWriter(BufferedWriter):
     """Takes decoded and failed rows, and makes them durable after `part_rows` rows or `part_seconds` seconds.
 
-    Opening it mends what a dead run left: temporary files and steps without results go, a torn last line of
+    Opening it repairs what a dead run left: temporary files and steps without results go, a torn last line of
     `errors.jsonl` is cut off, a results part without a Parquet footer (a copy broken off, on storage that cannot
-    rename) is set aside under a hidden name. A part that is in place is never touched again. Rows that are buffered
-    when the process dies are decoded again by a resume.
+    rename) is set aside under a hidden name. Where another run may be writing, nothing is removed. A part that is in
+    place is never touched again. Rows that are buffered when the process dies are decoded again by a resume.
     """
 
     def __init__(self, directory: str, part_rows: int = 500, part_seconds: float = 60):
@@ -66,7 +67,7 @@ class RunWriter(BufferedWriter):
         self._rows: list[DecodedRow] = []
         self._completed = IdSet()
         self._unowned: Counter[bytes] = Counter()
-        super().__init__(directory, LOCK, ERRORS, part_seconds)
+        super().__init__(directory, "", ERRORS, part_seconds)
 
     def completed_ids(self) -> IdSet:
         """The ids of all rows added or failed, by earlier runs too: a resume does not decode them again."""
@@ -104,9 +105,11 @@ class RunWriter(BufferedWriter):
 
     def _flush_rows(self) -> None:
         if self._rows:
-            part = f"part-{self._next_part:05d}.parquet"
+            part = part_name(self._next_part, self._writer)
             steps = [(row.id, step) for row in self._rows for step in row.steps]
             self._output.write_table(f"steps/{part}", _steps_table(steps))
+            # Who has taken over since takes steps without results for a dead run's.
+            self._claim.confirm()
             self._output.write_table(f"results/{part}", _results_table(self._rows))
             self._next_part += 1
             self._rows = []
@@ -114,36 +117,38 @@ class RunWriter(BufferedWriter):
     def _recover(self) -> None:
         for folder in ("results", "steps"):
             self._output.make_folder(folder)
-        self._remove_temporaries("", "results/", "steps/")
-        self._next_part = self._recover_parts()
-        self._recover_errors(self._recover_error)
-        self._output.write_from(ERRORS, self._errors_end, b"")
+        if self._claim.exclusive:
+            for folder in ("", "results", "steps"):
+                self._output.remove_temporaries(folder)
+        self._recover_parts()
+        self._error_log.recover(self._recover_error)
 
     def _recover_error(self, record: dict[str, Any]) -> None:
-        if record["id"] is None or record["error"]["type"] == DUPLICATE_ID:
-            self._unowned[_unowned_key(record["line"], record["input"])] += 1
-        else:
+        if has_own_id(record):
             self._completed.add(record["id"])
+        else:
+            self._unowned[_unowned_key(record["line"], record["input"])] += 1
 
-    def _recover_parts(self) -> int:
-        """Takes note of the ids in `results`; the number of the next part."""
+    def _recover_parts(self) -> None:
+        """Takes note of the ids in `results`, and of the next part's number."""
         whole = []
-        for number, name in self._output.parts("results").items():
+        for part in parts(self._output, "results"):
+            name = f"results/{part}"
             with self._output.open(name) as file, self._output.faults(name):
                 try:
                     ids = pq.read_table(file, columns=["id"])["id"].to_pylist()
                 except pa.ArrowInvalid:
                     ids = None
             if ids is None:
-                self._output.rename(name, f"results/.part-{number:05d}.parquet.torn")
+                self._output.rename(name, f"results/.{part}.torn")
                 continue
-            whole.append(number)
+            whole.append(part)
             for id in ids:
                 self._completed.add(id)
-        for number, name in self._output.parts("steps").items():
-            if number not in whole:
-                self._output.remove(name)
-        return max(whole, default=-1) + 1
+        if self._claim.exclusive:
+            for part in set(parts(self._output, "steps")).difference(whole):
+                self._output.remove(f"steps/{part}")
+        self._next_part = next_number(whole)
 
 
 def _unowned_key(line: int, input: Any) -> bytes:

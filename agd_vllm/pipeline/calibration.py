@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from agd_vllm.input.reader import check_inputs, read_rows
+from agd_vllm.output.claim import claimed, is_of_a_claim
 from agd_vllm.output.storage import OutputDirectory
 from agd_vllm.output.summary import OutputUnusable
 from agd_vllm.pipeline.decoder import Decoder
@@ -48,7 +49,7 @@ def calibrate(settings: CalibrationSettings, options: DecoderOptions) -> int:
         raise ValueError(f"percentile {settings.percentile:g}: must lie between 0 and 100")
     check_inputs(settings.inputs)
     decoder = Decoder(options=options)
-    output = _claimed(settings.output)
+    output = _usable(settings.output)
     failures = _Failures()
     rows = _valid(settings, failures)
     first = next(rows, None)
@@ -56,18 +57,22 @@ def calibrate(settings: CalibrationSettings, options: DecoderOptions) -> int:
         raise ValueError(f"no row can be decoded: {failures}")
     notes = Console(stderr=True)
     say(notes, f"loading {decoder.model.path} ...")
-    with output.create(ENTROPIES) as file:
-        table = _EntropyTable(output, file)
-        _decode(decoder, itertools.chain([first], rows), table, failures, notes)
-        entropies = table.close()
-        if not entropies.size:
-            raise ValueError(f"no token was decoded: {failures}")
-        if broken := np.count_nonzero(np.isnan(entropies)):
-            raise RuntimeError(f"{broken} of {entropies.size} entropies are no numbers; try --dtype float32")
-    tau = float(np.percentile(entropies, settings.percentile))
-    output.write(PLOT, _plot(entropies, settings.percentile, tau))
-    result = {"percentile": settings.percentile, "tau": tau, "tokens": entropies.size}
-    output.write_json(TAU, result)
+    with claimed(output) as held:
+        if held.exclusive:
+            output.remove_temporaries()
+        with output.create(ENTROPIES) as file:
+            table = _EntropyTable(output, file)
+            _decode(decoder, itertools.chain([first], rows), table, failures, notes)
+            entropies = table.close()
+            if not entropies.size:
+                raise ValueError(f"no token was decoded: {failures}")
+            if broken := np.count_nonzero(np.isnan(entropies)):
+                raise RuntimeError(f"{broken} of {entropies.size} entropies are no numbers; try --dtype float32")
+            held.confirm()
+        tau = float(np.percentile(entropies, settings.percentile))
+        output.write(PLOT, _plot(entropies, settings.percentile, tau))
+        result = {"percentile": settings.percentile, "tau": tau, "tokens": entropies.size}
+        output.write_json(TAU, result)
     console = Console()
     told = f"tau {tau:.3f} nats: percentile {settings.percentile:g} of the entropies of {entropies.size:,} tokens"
     say(console, told)
@@ -76,12 +81,12 @@ def calibrate(settings: CalibrationSettings, options: DecoderOptions) -> int:
     return failures.count
 
 
-def _claimed(directory: str) -> OutputDirectory:
+def _usable(directory: str) -> OutputDirectory:
     """The output directory, where it holds nothing else than a calibration."""
     output = OutputDirectory(directory)
     if output.is_file():
         raise OutputUnusable(f"output {directory} is a file; give a directory")
-    if set(output.names()) - {ENTROPIES, PLOT, TAU, *(f".{name}.tmp" for name in (ENTROPIES, PLOT, TAU))}:
+    if {name for name in output.names() if not is_of_a_claim(name)} - {ENTROPIES, PLOT, TAU}:
         raise OutputUnusable(f"output {directory} holds something else than a calibration; give another directory")
     return output
 

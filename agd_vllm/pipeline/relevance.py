@@ -77,12 +77,12 @@ def attribute_run(settings: RelevanceSettings) -> int:
     if not counts["decoded"]:
         raise ValueError(f"run {settings.run}: no row is decoded there, so there is nothing to attribute")
     model, identity = _resolve(run, settings)
-    _claim(run, identity)
     notes = Console(stderr=True)
     if not counts["guided_steps"]:
         say(notes, f"run {settings.run} has no guided step: the answers' tokens are attributed in their order")
     begun = time.monotonic()
     with RelevanceWriter(settings.run) as writer:
+        _claim(run, identity)
         tasks = remaining(run, settings, writer)
         first = next(tasks, None)
         if first is None:

@@ -101,7 +101,7 @@ def check_calibration(status, out, err, output, model):
     }
     assert f"tau {tau['tau']:.3f}" in out
     assert matplotlib.image.imread(output / "entropy.png").std() > 0
-    assert {path.name for path in output.iterdir()} == {"entropy.parquet", "entropy.png", "tau.json"}
+    assert {path.name for path in output.iterdir()} == {".lock", "entropy.parquet", "entropy.png", "tau.json"}
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def calibrate(monkeypatch, data, tmp_path):
 def test_no_token_at_all_leaves_an_earlier_calibration_alone(calibrate):
     assert calibrate(decoded("a", [1.0, 2.0]), None) == 0
     before = {path.name: path.read_bytes() for path in calibrate.output.iterdir()}
-    assert len(before) == 3
+    assert len(before) == 4, "the files and their lock"
     with pytest.raises(ValueError, match=r"no token was decoded: 1 rows failed, the first at line 1 \(one\): too long"):
         calibrate(RowError(None, 1, "one", "too_long", "too long"))
     with pytest.raises(RuntimeError, match="1 of 2 entropies are no numbers"):

@@ -1,0 +1,439 @@
+"""Two runs on one output where storage has no locks, and what a run leaves there: a real S3 server, disks like NFS.
+
+Run as a script (`test_shared_storage.py URL WHAT`) this file is the other process.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter, namedtuple
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+from command_line import fails
+from fsspec import AbstractFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+from made_runs import decoded
+
+from agd_vllm.output import lease
+from agd_vllm.output.relevance_writer import RelevanceWriter, TokenRelevance
+from agd_vllm.output.run_reader import RunReader
+from agd_vllm.output.storage import OutputDirectory, OutputFailed
+from agd_vllm.output.summary import count_outputs, open_run, write_summary
+from agd_vllm.output.writer import RunWriter
+from agd_vllm.pipeline.signals import as_interrupt
+from agd_vllm.records import RowError
+
+IDS = [f"r{number}" for number in range(6)]
+TAKEN = "another run has taken it over"
+
+
+def failed(name):
+    return RowError({"id": name}, int(name[1:]), name, "poison", "too bad", "rows.jsonl")
+
+
+def without_id(line):
+    return RowError("{", line, None, "invalid_json", "no JSON", "rows.jsonl")
+
+
+def write(url, rows=(), errors=()):
+    with RunWriter(url) as writer:
+        for name in rows:
+            writer.add(decoded(name))
+        for error in errors:
+            writer.fail(error)
+
+
+def read(url):
+    """The rows of a run, each with its steps; as often as there are."""
+    return [(row.id, row.num_guided) for row in RunReader(url).rows()]
+
+
+def wanted(names):
+    return [(name, decoded(name).num_guided) for name in names]
+
+
+def refused(url, another="another run is writing there"):
+    with pytest.raises(OutputFailed, match=another) as failed:
+        RunWriter(url)
+    assert "\n" not in str(failed.value)
+    return str(failed.value)
+
+
+def expire(store):
+    (name,) = [name for name in store.names() if name.startswith(".lease")]
+    store.write(name, json.dumps(json.loads(store.read(name)) | {"expires_after": 0}).encode())
+
+
+def other(store, what):
+    """A process that holds the output, with a part and an error there, and what it takes to end it."""
+    tests = Path(__file__).parents[1]
+    environment = {**os.environ, **store.environment, "PYTHONPATH": os.pathsep.join(map(str, (tests.parent, tests)))}
+    command = [sys.executable, __file__, store.url, what]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
+    assert process.stdout.readline() == "holding\n", process.communicate()
+    return process
+
+
+# A store with conditional creation
+
+
+def test_a_second_run_is_refused_before_and_after_the_firsts_first_part(s3):
+    open_run(s3.url, {"model": "m"}, resume=True)
+    with RunWriter(s3.url) as writer:
+        writer.add(decoded("r0"))
+        before = s3.names()
+        assert "its lease expires in 1" in refused(s3.url)
+        writer.flush()
+        refused(s3.url)
+        writer.add(decoded("r1"))
+        assert [name for name in before if "lease" in name] == [name for name in s3.names() if "lease" in name]
+    write(s3.url, ["r2"])
+    assert read(s3.url) == wanted(["r0", "r1", "r2"])
+    assert not [name for name in s3.names() if name.startswith(".")]
+
+
+def test_of_two_runs_that_begin_at_once_the_first_one_says_what_the_run_is(s3, monkeypatch):
+    from agd_vllm.output import summary
+
+    claimed = summary.claimed
+
+    def late(output):
+        monkeypatch.setattr(summary, "claimed", claimed)
+        open_run(s3.url, {"model": "first"}, resume=True)
+        return claimed(output)
+
+    monkeypatch.setattr(summary, "claimed", late)
+    with pytest.raises(summary.OutputUnusable, match='model is "first" there and "second" here'):
+        open_run(s3.url, {"model": "second"}, resume=True)
+    assert json.loads(s3.read("run.json")) == {"model": "first"}
+
+
+def test_a_run_whose_lease_is_taken_stops_writing_with_one_line(s3):
+    open_run(s3.url, {}, resume=True)
+    writer = RunWriter(s3.url)
+    writer.add(decoded("r0"))
+    expire(s3)
+    with RunWriter(s3.url) as taker, pytest.raises(OutputFailed, match=TAKEN) as failed, writer:
+        with pytest.raises(OutputFailed, match=TAKEN):
+            writer._claim.renew()  # as its thread does now and then
+        names = s3.names()
+        with pytest.raises(OutputFailed, match=TAKEN):
+            writer.flush_if_due()
+        writer.flush()
+    assert "\n" not in str(failed.value)
+    assert s3.names() == [name for name in names if "lease" not in name]
+    assert read(s3.url) == []
+    taker.close()
+
+
+def test_a_run_that_loses_its_lease_between_steps_and_results_writes_none(s3, monkeypatch):
+    """The other one has taken these steps for a dead run's, and removed them."""
+    open_run(s3.url, {}, resume=True)
+    writer = RunWriter(s3.url)
+    writer.add(decoded("r1"))
+    write_table = OutputDirectory.write_table
+
+    def then_lose(output, name, table):
+        write_table(output, name, table)
+        patch.undo()
+        expire(s3)
+        write(s3.url, ["r2"])
+        patch.setattr(lease, "EXPIRES_AFTER", 0.0)  # as long as that took
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OutputDirectory, "write_table", then_lose)
+        with pytest.raises(OutputFailed, match=TAKEN):
+            writer.flush()
+    assert read(s3.url) == wanted(["r2"])
+    assert len(s3.names("results")) == len(s3.names("steps")) == 1
+
+
+def test_a_run_that_a_signal_ends_removes_its_lease(s3):
+    process = other(s3, "wait")
+    refused(s3.url)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "interrupted\n"), err
+    assert not [name for name in s3.names() if "lease" in name or name.startswith("errors/")]
+    assert len(s3.read("errors.jsonl").splitlines()) == 2
+    write(s3.url, ["r2"])
+    assert sorted(read(s3.url)) == wanted(["r0", "r1", "r2"])
+
+
+def test_what_a_killed_run_left_waits_for_its_lease_to_expire(s3):
+    process = other(s3, "wait")
+    process.kill()
+    process.communicate()
+    line = refused(s3.url)
+    assert f"process {process.pid} " in line
+    s3.write("steps/part-00007-dead.parquet", b"PAR1")
+    s3.write("results/.part-00007-dead.parquet.beef.tmp", b"PAR1")
+    s3.write(".run.json.beef.tmp", b"{")
+    expire(s3)
+    with RunWriter(s3.url) as writer:
+        assert "r0" in writer.completed_ids() and "r1" not in writer.completed_ids()
+        assert not writer.fail(failed("r5")) and not writer.fail(without_id(4))
+    assert not [name for name in s3.names() if "dead" in name or "lease" in name or name.endswith(".tmp")]
+
+
+def test_parts_of_an_older_version_are_resumed(s3):
+    open_run(s3.url, {"model": "m"}, resume=True)
+    write(s3.url, IDS[:2], [without_id(1)])
+    for folder in ("results", "steps"):
+        (name,) = s3.names(folder)
+        s3.move(f"{folder}/{name}", f"{folder}/part-00000.parquet")
+    write(s3.url, IDS[:3], [without_id(1)])
+    write(s3.url, IDS[3:])
+    results = s3.names("results")
+    assert results == s3.names("steps")
+    assert [name[:10] for name in results] == ["part-00000", "part-00001", "part-00002"]
+    assert read(s3.url) == wanted(IDS) and RunReader(s3.url).ids() == IDS
+    counts = count_outputs(s3.url)
+    assert (counts["decoded"], counts["failed"]) == (6, 1)
+    assert counts["guided_steps"] == sum(steps for _, steps in read(s3.url))
+
+
+# Errors on object stores
+
+
+def test_errors_are_parts_while_a_run_goes_on_and_one_file_at_its_end(s3):
+    write(s3.url, errors=[failed("r1")])
+    first = s3.read("errors.jsonl")
+    with RunWriter(s3.url) as writer:
+        for name in ("r2", "r3"):
+            writer.fail(failed(name))
+            writer.flush()
+        assert s3.read("errors.jsonl") == first, "read and written whole at each flush"
+        assert len(s3.names("errors")) == 2
+        assert count_outputs(s3.url)["failed"] == 3
+    lines = s3.read("errors.jsonl").splitlines(keepends=True)
+    assert b"".join(lines).startswith(first) and [json.loads(line)["id"] for line in lines] == ["r1", "r2", "r3"]
+    assert not s3.names("errors")
+    assert count_outputs(s3.url)["failed"] == 3
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_death_between_merging_errors_and_removing_their_parts_doubles_none(s3, gone):
+    write(s3.url, errors=[failed("r1")])
+    writer = RunWriter(s3.url)
+    for error in (without_id(2), without_id(3)):
+        writer.fail(error)
+        writer.flush()
+    left = [(f"errors/{name}", s3.read(f"errors/{name}")) for name in s3.names("errors")]
+    writer.close()
+    merged = s3.read("errors.jsonl")
+    for name, data in left[gone:]:
+        s3.write(name, data)
+    assert count_outputs(s3.url)["failed"] == 3
+    with RunWriter(s3.url) as writer:
+        assert not writer.fail(without_id(2)) and not writer.fail(without_id(3))
+    assert s3.read("errors.jsonl") == merged and not s3.names("errors")
+
+
+def test_errors_on_a_disk_are_appended_as_they_come(tmp_path):
+    with RunWriter(str(tmp_path)) as writer:
+        writer.fail(failed("r1"))
+        writer.flush()
+        assert len((tmp_path / "errors.jsonl").read_bytes().splitlines()) == 1
+        assert not (tmp_path / "errors").exists()
+
+
+# Storage that can keep no second run away
+
+
+class _LooksFirst(MemoryFileSystem):
+    """As most file systems of fsspec: it looks whether there is a file, and creates one then."""
+
+    protocol = "looks-first"
+    store, pseudo_dirs = {}, [""]
+    pipe_file = AbstractFileSystem.pipe_file
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("looks-first://"))
+
+
+@pytest.fixture
+def no_claims(request, s3, tmp_path):
+    """The URL of an output on such storage."""
+    fsspec.register_implementation("looks-first", _LooksFirst, clobber=True)
+    return f"looks-first://{tmp_path.name}" if request.param == "looks first" else s3.url
+
+
+@pytest.mark.parametrize(
+    ("s3", "no_claims"),
+    [("ignores conditions", "s3"), ("knows no conditions", "s3"), ("", "looks first")],
+    indirect=True,
+)
+def test_two_runs_that_cannot_be_kept_apart_lose_nothing_and_count_rows_once(s3, no_claims, caplog):
+    url = no_claims
+    open_run(url, {}, resume=True)
+    one, two = RunWriter(url), RunWriter(url)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "cannot keep a second run away" in caplog.text
+    for writer, names in ((one, IDS[:4]), (two, IDS[2:])):
+        for name in names:
+            writer.add(decoded(name))
+        writer.fail(failed("r8"))
+        writer.fail(without_id(9))
+    two.fail(failed("r0"))
+    fs, root = fsspec.url_to_fs(url)
+    fs.pipe_file(f"{root}/steps/part-00009-alive.parquet", b"of a third run, whose results come next")
+    for writer in (one, two):
+        writer.close()
+    three = RunWriter(url)
+    assert all(name in three.completed_ids() for name in IDS)
+    assert not three.fail(failed("r8")) and not three.fail(without_id(9))
+    three.close()
+    assert fs.exists(f"{root}/steps/part-00009-alive.parquet")
+    assert len(fs.find(f"{root}/results")) == 2
+    assert sorted(read(url)) == wanted(IDS) and sorted(RunReader(url).ids()) == IDS
+    steps = pa.concat_tables(RunReader(url).step_columns(["step", "chosen_id"]))
+    guided = sum(decoded(name).num_guided for name in IDS)
+    assert steps.column_names == ["step", "chosen_id"] and steps.num_rows == guided
+    counts = count_outputs(url)
+    assert (counts["decoded"], counts["failed"], counts["guided_steps"]) == (6, 2, guided)
+    assert not [name for name in fs.find(root) if "lease" in name or "clock" in name]
+
+
+@pytest.mark.parametrize("s3", ["ignores conditions"], indirect=True)
+def test_steps_that_two_runs_attributed_at_once_count_once(s3):
+    def relevance(step):
+        return TokenRelevance(step, 7, 1.5, np.arange(3 + step, dtype=np.float32))
+
+    open_run(s3.url, {}, resume=True)
+    one, two = RelevanceWriter(s3.url), RelevanceWriter(s3.url)
+    one.add("r0", [relevance(0), relevance(2)])
+    two.add("r0", [relevance(0), relevance(2), relevance(3)])
+    one.close()
+    two.close()
+    with RelevanceWriter(s3.url) as writer:
+        assert (writer.steps_of("r0"), writer.steps, writer.relevances) == (3, 3, 3)
+    found = Counter(found["step"] for found in RunReader(s3.url).relevance(["r0"]))
+    assert found == {0: 1, 2: 1, 3: 1}
+
+
+# Disks
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """As NFS without locks, which needs a server of its own."""
+
+    def no_lock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_lock)
+
+
+@pytest.fixture
+def locks_of_one_machine(monkeypatch, tmp_path):
+    """As NFS that is mounted with `nolock`: a lock is had, and says nothing of other machines."""
+    mount = namedtuple("mount", ("mountpoint", "opts"))
+    mounts = [mount("/", "rw"), mount(str(tmp_path), "rw,vers=3,nolock,local_lock=all"), mount(f"{tmp_path}x", "rw")]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
+
+
+@pytest.mark.parametrize("disk", ["no_locks", "locks_of_one_machine"])
+def test_on_a_disk_without_locks_a_lease_keeps_a_second_run_away(tmp_path, disk, request):
+    request.getfixturevalue(disk)
+    url = str(tmp_path / "out")
+    open_run(url, {}, resume=True)
+    with RunWriter(url) as writer:
+        assert "its lease expires in 1" in refused(url)
+        writer.add(decoded("r0"))
+        writer.fail(failed("r1"))
+        writer.flush()
+        refused(url)
+        assert len((tmp_path / "out/errors.jsonl").read_bytes().splitlines()) == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {
+        "run.json",
+        "results",
+        "steps",
+        "errors.jsonl",
+        ".lock",
+    }
+    assert read(url) == wanted(["r0"])
+
+
+def test_a_disk_with_neither_locks_nor_exclusive_creation(tmp_path, no_locks, monkeypatch, caplog):
+    def opens(path, mode="r", *more, **options):
+        if "x" in mode:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return open(path, mode, *more, **options)
+
+    monkeypatch.setattr("agd_vllm.output.storage.open", opens, raising=False)
+    one, two = RunWriter(str(tmp_path)), RunWriter(str(tmp_path))
+    assert len(caplog.records) == 1
+    for writer, name in ((one, "r0"), (two, "r1"), (one, "r2")):
+        writer.add(decoded(name))
+        writer.fail(without_id(int(name[1:])))
+        writer.flush()
+    one.close()
+    two.close()
+    names = [path.name for path in (tmp_path / "results").iterdir()]
+    assert sorted(name[:10] for name in names) == ["part-00000", "part-00000", "part-00001"]
+    counts = count_outputs(str(tmp_path))
+    assert (counts["decoded"], counts["failed"]) == (3, 3)
+
+
+def test_a_dataset_whose_lease_is_taken_ends_with_one_line_and_no_summary(dataset, no_locks, monkeypatch):
+    """A stand-in decodes; a disk without locks is in the store's place."""
+    taken = []
+
+    def take(number):
+        if number == 3:
+            (own,) = dataset.output.glob(".lease-*")
+            taken.append(own.with_name(".lease-0000000001"))
+            taken[0].write_text('{"token": "of another run"}')
+            monkeypatch.setattr(lease, "EXPIRES_AFTER", 0.0)  # as long as that took
+
+    run, error = dataset(at_row=take)
+    assert isinstance(error, OutputFailed) and TAKEN in str(error) and "\n" not in str(error)
+    assert run.rows_on_disk_at_close == 0 and not list(dataset.output.glob("results/part-*"))
+    assert taken[0].exists() and not (dataset.output / "summary.json").exists()
+
+
+def test_calibrate_and_attribute_are_refused_alike(tmp_path, no_locks, smollm2, capsys):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text('{"id": "a", "prompt": "Hi"}\n')
+    out.mkdir()
+    model = ("--model", str(smollm2))
+    (out / ".lease-0000000000").write_text('{"expires_after": 990}')
+    line = fails(capsys, 1, "calibrate", str(rows), *model, "--output", str(out))
+    assert "another run is writing there" in line and "its lease expires in 9" in line
+    run = tmp_path / "run"
+    open_run(str(run), {"model": str(smollm2), "strategy": "agd"}, resume=True)
+    write(str(run), ["a"])
+    write_summary(str(run), {"decoded": 1})
+    (run / "relevance").mkdir()
+    (run / "relevance/.lease-0000000000").write_text('{"expires_after": 990}')
+    with pytest.raises(OutputFailed, match="another run is writing there"):
+        RelevanceWriter(str(run))
+    assert [path.name for path in (run / "relevance").iterdir() if "lease" in path.name] == [".lease-0000000000"]
+
+
+if __name__ == "__main__":
+    url, _ = sys.argv[1:]
+    open_run(url, {}, resume=True)
+    try:
+        with as_interrupt(), RunWriter(url) as writer:
+            writer.add(decoded("r0"))
+            writer.fail(failed("r5"))
+            writer.fail(without_id(4))
+            writer.flush()
+            writer.add(decoded("r1"))
+            print("holding", flush=True)
+            signal.pause()
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        sys.exit(1)
