@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers.utils.logging import disable_progress_bar
-
-from agd_vllm.evaluation.outcomes import Outcome, read_outcomes
+from agd_vllm.evaluation.outcomes import read_outcomes
 from agd_vllm.evaluation.passes import forward_passes
+from agd_vllm.evaluation.perplexity import perplexities
 from agd_vllm.evaluation.scoring import Scores, check_metadata, score
 from agd_vllm.evaluation.strategies import Strategy, reference
 from agd_vllm.evaluation.suites import Row, read_suite
@@ -67,7 +66,7 @@ def evaluate(
     summaries = [RunReader(run.output).parameters() for run in runs]
     scores = score(outcomes)
     say("── perplexity of the answers")
-    perplexities, dtype = _perplexities(options, outcomes)
+    quality, measured = perplexities(options, outcomes)
     records = [
         record(
             strategy.name,
@@ -77,7 +76,7 @@ def evaluate(
             {
                 "relevance": strategy.options.strategy == "agd",
                 "failed": failed[strategy.name],
-                "perplexity": perplexities[strategy.name],
+                "perplexity": quality[strategy.name],
                 "tokens_per_second": summary["tokens_per_second"],
                 "forward_passes": forward_passes(strategy.options, outcomes[strategy.name]),
             },
@@ -86,7 +85,7 @@ def evaluate(
     ]
     output = OutputDirectory(settings.output)
     output.write_json(TABLE_JSON, records)
-    table = markdown(f"{settings.suite}, {options.model}", records, notes(settings, scores, dtype, records[0]))
+    table = markdown(f"{settings.suite}, {options.model}", records, notes(settings, scores, measured, records[0]))
     output.write(TABLE_MARKDOWN, table.encode())
     say(table)
     say(f"table: {settings.output.rstrip('/')}/{TABLE_MARKDOWN}")
@@ -132,34 +131,15 @@ def _lines(rows: Sequence[Row]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def _perplexities(
-    options: DecoderOptions, outcomes: Mapping[str, Mapping[str, Outcome]]
-) -> tuple[dict[str, float | None], str]:
-    """Perplexity of every strategy's texts under the model that they share, and the dtype that it ran in."""
-    from agd_vllm.evaluation.quality import PerplexityModel
-
-    disable_progress_bar()
-    model = PerplexityModel(
-        options.model,
-        dtype=options.dtype,
-        revision=options.engine_args.get("revision"),
-        trust_remote_code=options.trust_remote_code,
-    )
-    texts = {
-        name: [(outcome.prompt_token_ids, outcome.token_ids) for outcome in rows.values()]
-        for name, rows in outcomes.items()
-    }
-    return model.perplexities(texts), model.dtype
-
-
-def notes(settings: EvaluationSettings, scores: Scores, dtype: str, first: Mapping[str, Any]) -> list[str]:
-    """What must be known to read the table; `first` is any of its records, as all have the same rows."""
+def notes(settings: EvaluationSettings, scores: Scores, measured: str, first: Mapping[str, Any]) -> list[str]:
+    """What must be known to read the table, and what was `measured` beside the scores; `first` is any of its records,
+    as all have the same rows."""
     said = [
         "prompt accuracy: all rules of a row kept (strict); instruction accuracy: rules kept, of all rules",
         "differences in percentage points with a 95 % percentile interval of a paired bootstrap over rows, 10,000 "
         "resamples",
-        f"perplexity of the generated tokens under the unguided model, Hugging Face, {dtype}; repetition: share of "
-        "4-grams that occurred before in the same answer; composite: prompt accuracy x (1 - repetition)",
+        f"{measured}; repetition: share of 4-grams that occurred before in the same answer; composite: prompt accuracy "
+        "x (1 - repetition)",
         "passes/token: how often an output token goes through the layers, values and tangents each counting once, "
         "prompts apart",
     ]

@@ -11,6 +11,7 @@ from typing import Any
 from agd_vllm.attribution.batch_bounds import BatchBounds
 from agd_vllm.attribution.worker import AttributionSettings, WorkerInfo
 from agd_vllm.engine.arguments import check_engine_args, gpus_per_engine
+from agd_vllm.engine.model_copies import check_for_copies, overrides_for_copies
 from agd_vllm.engine.settings import EngineSettings
 from agd_vllm.faults import FaultLog
 from agd_vllm.input.reader import check_rows
@@ -49,12 +50,15 @@ class Decoder:
         self._strategy = options.make_strategy()
         self._default_roi = parse_selector_option(options.default_roi)
         check_engine_args(options.engine_args)
+        if self._strategy.attribution:
+            check_for_copies(options.engine_args, options.dtype)
         self.model, self.tokenizer = inspect_model(
             options.model,
             pauses=self._strategy.pauses,
             attribution=self._strategy.attribution,
             revision=options.engine_args.get("revision"),
             trust_remote_code=options.trust_remote_code,
+            overrides=overrides_for_copies(options.engine_args),
         )
         self._own_args = self._strategy.engine_args(self.model, options.dtype, options.engine_args)
         longest = self.model.max_model_len
@@ -163,7 +167,13 @@ class Decoder:
 
     def _attribution_settings(self) -> AttributionSettings:
         of = self.options
-        return AttributionSettings(of.scorer, of.rule, of.attribution_dtype or of.dtype, max_model_len=of.max_model_len)
+        return AttributionSettings(
+            of.scorer,
+            of.rule,
+            of.attribution_dtype or of.dtype,
+            max_model_len=of.max_model_len,
+            overrides=overrides_for_copies(of.engine_args),
+        )
 
     def _make_replica(self, index: int) -> Any:
         return placement.make_replica(
