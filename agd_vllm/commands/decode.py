@@ -79,7 +79,7 @@ def decode(
 
     decoder_options = DecoderOptions(**options)
     if dry_run:
-        failed = preview(inputs, decoder_options, limit)
+        failed = preview(inputs, decoder_options, limit, output)
     else:
         if output is None:
             raise click.UsageError("--output DIR is missing; say where the results go (or try --dry-run)")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from agd_vllm.evaluation.outcomes import read_outcomes
@@ -21,6 +22,7 @@ from agd_vllm.output.summary import OutputUnusable, open_run
 from agd_vllm.pipeline.decoder import Decoder, DecoderOptions
 from agd_vllm.pipeline.engines import Engines
 from agd_vllm.pipeline.run import RunSettings, run_dataset, run_identity
+from agd_vllm.pipeline.run_date import settle_date
 
 ROWS, ROWS_WITHOUT_REGION = "rows.jsonl", "rows-without-region.jsonl"
 TABLE_JSON, TABLE_MARKDOWN = "table.json", "table.md"
@@ -28,13 +30,17 @@ TABLE_JSON, TABLE_MARKDOWN = "table.json", "table.md"
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSettings:
-    """What is evaluated and where it goes; `distractors` are for nq, drawn with the seed of the decoder's options."""
+    """What is evaluated and where it goes; `distractors` are for nq, drawn with the seed of the decoder's options.
+
+    `now` as for RunSettings.
+    """
 
     suite: str
     data: str | None
     output: str
     limit: int | None = None
     distractors: int = 0
+    now: datetime | None = None
 
 
 def evaluate(
@@ -54,6 +60,7 @@ def evaluate(
     _write_rows(settings.output, rows, any(strategy.names_region for strategy in strategies))
     for run, decoder in zip(runs, decoders, strict=True):
         open_run(run.output, run_identity(run, decoder), resume=True)
+    runs = _dated(runs, decoders, settings)
     failed = {}
     # Those that can share engines one after another, in the order in which the first of them was named.
     order = sorted(range(len(runs)), key=lambda i: next((j for j in range(i) if decoders[i].loads_as(decoders[j])), i))
@@ -100,6 +107,13 @@ def _run_settings(settings: EvaluationSettings, strategy: Strategy) -> RunSettin
     folder = settings.output.rstrip("/")
     rows = ROWS_WITHOUT_REGION if strategy.names_region else ROWS
     return RunSettings((f"{folder}/{rows}",), f"{folder}/{strategy.folder}", settings.limit)
+
+
+def _dated(runs: list[RunSettings], decoders: list[Decoder], settings: EvaluationSettings) -> list[RunSettings]:
+    """The runs with one date for all of them, of today's invocation and of later ones."""
+    for decoder in decoders:
+        settle_date(decoder, settings.output, settings.now)
+    return [replace(run, now=decoder.date) for run, decoder in zip(runs, decoders, strict=True)]
 
 
 def _write_rows(directory: str, rows: Sequence[Row], without_region: bool) -> None:

@@ -65,9 +65,10 @@ class AGDModel(LM):
         self.tasks: Sequence[tuple[str, Any]] = ()
         try:
             self._options = DecoderOptions(model=pretrained, **_decoder_options(options))
-            self._tokenizer = Decoder(options=self._options).tokenizer
+            decoder = Decoder(options=self._options)
         except ValueError as error:
             raise RequestRefused(f"model_args: {error}") from error
+        self._tokenizer, self._date = decoder.tokenizer, decoder.date
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The answers, in the order of the requests; empty ones for those that cannot be decoded.
@@ -121,9 +122,11 @@ class AGDModel(LM):
 
     def _decoder(self, penalty: float) -> Decoder:
         try:
-            return Decoder(options=replace(self._options, repetition_penalty=penalty))
+            decoder = Decoder(options=replace(self._options, repetition_penalty=penalty))
         except ValueError as error:
             raise RequestRefused(f"generation settings: {error}") from error
+        decoder.date = self._date
+        return decoder
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise _no_likelihoods(self._scoring_likelihoods())

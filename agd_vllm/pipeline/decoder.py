@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 from agd_vllm.attribution.batch_bounds import BatchBounds
@@ -67,6 +68,8 @@ class Decoder:
         self.roi_heads: tuple[tuple[int, int], ...] = ()
         if options.roi_heads:
             self.roi_heads = read_head_set(options.roi_heads, self.model.num_layers, self.model.num_heads)
+        # What a chat template writes as today's: the same for all rows.
+        self.date = datetime.now()
         self._fault_log = FaultLog()
         self._trace: TraceFile | None = None
         self.preparer()  # refuses chat template kwargs that cannot be set
@@ -93,6 +96,7 @@ class Decoder:
             pause_token_id=self.model.pause_id,
             vocab_size=self.model.vocab_size,
             eos_ids=self.model.eos_ids,
+            date=self.date,
         )
 
     def start(self) -> None:
