@@ -17,6 +17,7 @@ from agd_vllm.engine.arguments import FIXED, OWN
 from agd_vllm.engine.model_copies import check_for_copies
 from agd_vllm.evaluation.outcomes import Outcome
 from agd_vllm.evaluation.perplexity import perplexities
+from agd_vllm.pipeline import relevance
 from agd_vllm.pipeline.options import DecoderOptions
 from agd_vllm.prompts.tokenizer import load_tokenizer
 
@@ -129,6 +130,28 @@ def test_perplexity_is_not_measured_where_the_copy_is_another_model(unloadable):
     found, said = perplexities(DecoderOptions(str(unloadable), engine_args={"quantization": "fp8"}), outcomes)
     assert found == {"greedy": None}
     assert said.startswith("perplexity was not measured: --engine-arg quantization=fp8")
+
+
+def test_attribute_starts_its_workers_with_the_runs_changes_wherever_the_model_lies(
+    smollm2, unloadable, tmp_path, monkeypatch
+):
+    started = []
+
+    class Started(Exception):
+        pass
+
+    def start(model, settings, count, debug):
+        started.append((model.path, settings.overrides))
+        raise Started
+
+    monkeypatch.setattr(relevance, "RelevanceFleet", start)
+    row = made_row(load_tokenizer(str(smollm2)), "row-1", "A prompt.", "An answer.")
+    given = {"hf_overrides": {"rms_norm_eps": 0.5}, "enforce_eager": True}
+    for ran, model in ((str(unloadable), None), ("/gone", str(unloadable))):
+        directory = write_run(tmp_path / f"run-{len(started)}", [row], ran, engine_args=given)
+        with pytest.raises(Started):
+            relevance.attribute_run(relevance.RelevanceSettings(str(directory), model))
+    assert started == [(str(unloadable), {"rms_norm_eps": 0.5})] * 2
 
 
 def test_relevance_of_the_model_without_the_changes_is_not_continued(capsys, smollm2, unloadable, tmp_path):
