@@ -76,7 +76,7 @@ def decode(
 
     decoder_options = DecoderOptions.of(**shared.given_options(options))
     if dry_run:
-        failed = preview(inputs, decoder_options, limit)
+        failed = preview(inputs, decoder_options, limit, output)
     else:
         if output is None:
             raise click.UsageError("--output DIR is missing; say where the results go (or try --dry-run)")

@@ -40,7 +40,7 @@ def check_supported(config: Any) -> str:
 
     Raises ValueError, in one line: an unsupported architecture (the message lists the supported ones), quantized
     weights (the rules need them as matrices), soft-capped logits, bidirectional attention or another activation (no
-    rule covers these), a RoPE type that cannot be cached.
+    rule covers these), RoPE parameters that lack something, a RoPE type that cannot be cached.
     """
     names = getattr(config, "architectures", None) or []
     name = next((name for name in names if name in FAMILIES), None)
@@ -61,6 +61,7 @@ def check_supported(config: Any) -> str:
     activation = getattr(text_config, "hidden_activation", None) or text_config.hidden_act
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} has no attribution rule; known: {', '.join(ACTIVATIONS)}")
+    _check_complete(text_config)
     for rope_type in _rope_types(text_config) & set(CHANGING_ROPE):
         raise ValueError(f"RoPE type {rope_type!r} cannot be cached: its frequencies change with the sequence's length")
     return name
@@ -73,13 +74,23 @@ def longest_sequence(text_config: Any) -> int:
     if text_config.model_type.startswith("gemma3"):
         return longest
     linear = [each for each in _rope_parameters(text_config) if each.get("rope_type") == "linear"]
-    return int(longest * max((each["factor"] for each in linear), default=1))
+    return int(longest * max((each.get("factor", 1) for each in linear), default=1))
 
 
 def _rope_parameters(text_config: Any) -> list[dict[str, Any]]:
     """Transformers' `rope_parameters`, which may be one set for each type of layer."""
     parameters = getattr(text_config, "rope_parameters", None) or {}
     return [each for each in parameters.values() if isinstance(each, dict)] or [parameters]
+
+
+def _check_complete(text_config: Any) -> None:
+    # Those of a file are completed while it is read; vLLM puts `hf_overrides` in their place afterwards.
+    sets = _rope_parameters(text_config)
+    missing = [name for name in ("rope_type", "rope_theta") if any(name not in each for each in sets)]
+    by_layer = any(isinstance(each, dict) for each in (text_config.rope_parameters or {}).values())
+    if missing or by_layer != text_config.model_type.startswith("gemma3"):
+        what = f"{' and '.join(missing)} missing" if missing else "not of the form that config.json has"
+        raise ValueError(f"rope_parameters: {what}; hf_overrides take the place of all of them, so name them all")
 
 
 def _rope_types(text_config: Any) -> set[str]:

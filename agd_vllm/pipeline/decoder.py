@@ -6,11 +6,13 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 from agd_vllm.attribution.batch_bounds import BatchBounds
 from agd_vllm.attribution.worker import WorkerInfo
 from agd_vllm.engine.arguments import check_engine_args, gpus_per_engine
+from agd_vllm.engine.model_copies import check_for_copies, overrides_for_copies
 from agd_vllm.engine.settings import EngineSettings
 from agd_vllm.faults import FaultLog
 from agd_vllm.input.reader import check_rows
@@ -51,12 +53,17 @@ class Decoder:
         self._default_roi = parse_selector_option(options.default_roi)
         check_vllm()
         check_engine_args(options.engine_args)
+        if self._attribution is not None:
+            check_for_copies(options.engine_args, options.dtype)
+            overrides = overrides_for_copies(options.engine_args)
+            self._attribution = replace(self._attribution, overrides=overrides)
         self.model, self.tokenizer = inspect_model(
             options.model,
             pauses=self._strategy.pauses,
             attribution=self._attribution is not None,
             revision=options.engine_args.get("revision"),
             trust_remote_code=options.trust_remote_code,
+            overrides=overrides_for_copies(options.engine_args),
         )
         self._own_args = self._strategy.engine_args(self.model, options.dtype, options.engine_args)
         longest = self.model.max_model_len
@@ -65,6 +72,8 @@ class Decoder:
         self.roi_heads: tuple[tuple[int, int], ...] = ()
         if self._strategy.roi_heads:
             self.roi_heads = read_head_set(self._strategy.roi_heads, self.model.num_layers, self.model.num_heads)
+        # What a chat template writes as today's: the same for all rows.
+        self.date = datetime.now()
         self._fault_log = FaultLog()
         self._trace: TraceFile | None = None
         self.preparer()  # refuses chat template kwargs that cannot be set
@@ -91,6 +100,7 @@ class Decoder:
             pause_token_id=self.model.pause_id,
             vocab_size=self.model.vocab_size,
             eos_ids=self.model.eos_ids,
+            date=self.date,
         )
 
     def start(self) -> None:

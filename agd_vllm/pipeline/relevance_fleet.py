@@ -54,9 +54,9 @@ class RelevanceFleet:
     MAX_DEATHS_IN_A_ROW times with no row attributed in between.
     """
 
-    def __init__(self, model: ModelInfo, rule: str, dtype: str, count: int, debug: bool):
+    def __init__(self, model: ModelInfo, settings: AttributionSettings, count: int, debug: bool):
         self._model = model
-        self._settings = AttributionSettings("lxt", rule, dtype)
+        self._settings = settings
         self._debug = debug
         self._cluster = placement.connect(Demand(engines=0, workers=count, gpus_per_engine=0), debug)
         _, self._cores = placement.cores(self._cluster, 0, count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -26,7 +27,7 @@ class Preparer:
     where it is `emphasized`: said again at the end of the prompt.
     `max_tokens` is for rows that name none. `max_model_len` bounds prompt and output together, in tokens.
     `pause_token_id` is the token by which the gate stops the engine, so no prompt may hold it. `vocab_size` is the
-    model's: a tokenizer may know tokens beyond it. `eos_ids` end a row.
+    model's: a tokenizer may know tokens beyond it. `eos_ids` end a row. `date` is as for ChatTemplate.
     What is no fault of a row but hardly meant goes to `warn`, each kind once, with the first row of it.
     Raises ValueError for `chat_template_kwargs` that are no variables of a template.
     """
@@ -45,12 +46,13 @@ class Preparer:
         pause_token_id: int | None = None,
         vocab_size: int | None = None,
         eos_ids: frozenset[int] = frozenset(),
+        date: datetime | None = None,
     ):
         self.warn: Callable[[str], None] = log.warning
         self._warned: set[str] = set()
         self.guided = guided
         self._emphasized = emphasized
-        self._template = ChatTemplate(tokenizer)
+        self._template = ChatTemplate(tokenizer, date)
         self._tokenizer = ChatTokenizer(tokenizer)
         self._longest_token = max(map(len, tokenizer.get_vocab()))  # in characters, or in more of its own for bytes
         self._default_roi = default_roi

@@ -210,7 +210,11 @@ def test_the_command_decodes_as_hooks_and_a_penalty_do(smollm2, tmp_path):
             ("--engine-arg", "worker_extension_cls=a.B"),
             "worker_extension_cls: strategy steer has its own; leave it",
         ),
-        ({}, ("--strategy", "agd"), "steering: strategy agd has no such option; leave it out, or choose strategy steer"),
+        (
+            {},
+            ("--strategy", "agd"),
+            "steering: strategy agd has no such option; leave it out, or choose st",
+        ),
         ({}, ("--strategy", "agd", "--scorer", "inline"), "steering: strategy agd has no such option"),
         ({}, ("--steering", "nowhere.safetensors"), "nowhere.safetensors does not exist; check the path"),
         ({}, ("--steering", str(DEMO_ROWS)), "not a safetensors file; give a file that `agd-vllm vectors` has written"),
