@@ -159,7 +159,7 @@ def test_an_evaluation_has_one_date_across_midnight_and_for_strategies_added_lat
     days = (("greedy,emphasize", 2, MONDAY), ("greedy,emphasize", 3, TUESDAY), ("random-candidate", 3, TUESDAY))
     for strategies, limit, now in days:
         settings = EvaluationSettings("jsonl", str(tmp_path / "data.jsonl"), str(output), limit, now=now)
-        evaluate(settings, options, parse_strategies(strategies, options), lambda line: None)
+        evaluate(settings, options, parse_strategies(strategies, {"model": options.model}), lambda line: None)
     tokenizer = Decoder(options=options).tokenizer
     for name in ("greedy", "emphasize", "random-candidate"):
         assert dates_of(output / name, tokenizer) == ["30 Dec 2019, 23:50:07"] * 3
