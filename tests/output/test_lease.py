@@ -160,6 +160,15 @@ def test_one_who_looked_before_another_took_the_lease_and_renewed_it_is_refused(
     dead.release()
 
 
+def test_a_lease_that_is_taken_and_released_while_its_holder_renews_is_lost(s3, before_creating):
+    holder = Lease(directory(s3))
+    expire(s3)
+    before_creating(lambda: Lease(directory(s3)).release())
+    with pytest.raises(OutputFailed, match="another run has taken it over"):
+        holder.renew()
+    assert held(s3) == []
+
+
 class _ADayBehind(MemoryFileSystem):
     """A store whose clock is not this machine's."""
 
@@ -178,7 +187,7 @@ def test_a_lease_expires_by_the_clock_of_the_store():
     fsspec.register_implementation("a-day-behind", _ADayBehind, clobber=True)
     output = OutputDirectory("a-day-behind://run")
     first = Lease(output)
-    with pytest.raises(OutputFailed, match=r"its lease expires in (119|120) s"):
+    with pytest.raises(OutputFailed, match=r"its lease expires in 1\d\d s"):
         Lease(output)
     assert output.names() == [".lease-0000000000"], "what asks for the time is gone"
     first.release()
