@@ -10,8 +10,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from agd_vllm.prompts.template import one_line
 
-# What vLLM's model and Transformers' both read from the configuration while they are made, and in the same way. Of much
-# else Transformers derives values when it reads the file, which a later change leaves as they are.
+# What vLLM's model and Transformers' both read from the configuration while they are made, and in the same way.
+# Transformers derives other values while it reads the file, and a later change would leave those as they are.
 FOLLOWED = ("rope_parameters", "max_position_embeddings", "rms_norm_eps")
 # A model that reads images, too, has a configuration within its own.
 NESTED = "text_config"

@@ -166,7 +166,7 @@ def test_differences_are_to_plain_greedy_or_to_the_first_strategy(
     monkeypatch.setattr(evaluation, "run_dataset", lambda *_: 0)
     monkeypatch.setattr(evaluation, "read_outcomes", outcomes)
     monkeypatch.setattr(evaluation.RunReader, "parameters", lambda _: {"tokens_per_second": 1.0})
-    monkeypatch.setattr(evaluation, "_perplexities", lambda *_: (dict.fromkeys(right, 1.0), "float32"))
+    monkeypatch.setattr(evaluation, "perplexities", lambda *_: (dict.fromkeys(right, 1.0), "perplexity"))
     arguments = ["evaluate", "--suite", "jsonl", "--data", data, "--model", str(smollm2)]
     arguments += ["--strategies", ",".join(strategies), "--output", str(tmp_path / "out")]
     assert run(capsys, *arguments)[0] == 0
