@@ -31,6 +31,7 @@ long: $(VENV)/.ready $(MODEL)/model.safetensors
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Thirty kills, about half an hour.
 chaos: $(VENV)/.ready $(MODEL)/model.safetensors

@@ -80,6 +80,7 @@ def attribute(
         check_for_copies(decoding["engine_args"], decoding["dtype"])
         common = {"trust_remote_code": trust_remote_code, "debug": debug}
         options = DecoderOptions.of(model, "greedy", **common, **decoding)
+        assert output is not None  # _check_input
         failed = run_dataset(RunSettings(inputs, output, limit, given_answers=True), options)
         if failed and not count_outputs(output)["decoded"]:
             ctx.exit(ROWS_FAILED)

@@ -83,7 +83,7 @@ def _own_option(option: Field) -> Decorator:
     common = {"cls": GroupedOption, "group": f"Options of {', '.join(owners(option.name))}", "help": shown}
     if isinstance(default, bool):
         return click.option(f"--{flag}/--no-{flag}", option.name, default=None, **common)
-    kind = click.Choice(told["choices"]) if told["choices"] else {"float": float, "int": int}.get(option.type, str)
+    kind = click.Choice(told["choices"]) if told["choices"] else {"float": float, "int": int}.get(f"{option.type}", str)
     return click.option(f"--{flag}", option.name, type=kind, metavar=told["metavar"], **common)
 
 

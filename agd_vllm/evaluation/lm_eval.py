@@ -184,7 +184,7 @@ class AGDModel(LM):
             row["messages"] = json.loads(context)
         else:
             row["prompt"] = context
-        if self._options.roi is None and self._options.strategy.roi_heads is None:
+        if self._options.roi is None and self._options.strategy.heads is None:
             row["roi"] = [_region(row)]
         return row
 

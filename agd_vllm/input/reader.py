@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from agd_vllm.input.files import InputUnusable, OpenInput, open_input
 from agd_vllm.input.id_set import IdSet
@@ -40,7 +40,7 @@ def read_rows(inputs: Sequence[str]) -> Iterator[InputRow | RowError]:
     seen = IdSet()
     for source in inputs:
         with open_input(source) as opened:
-            for row in _parquet_rows(opened, source) if opened.parquet else _json_rows(opened, source):
+            for row in _parquet_rows(opened.parquet, source) if opened.parquet else _json_rows(opened, source):
                 yield dataclasses.replace(_checked(seen, row), file=source)
 
 
@@ -162,8 +162,8 @@ def _as_text(value: Any) -> str:
     return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def _parquet_rows(opened: OpenInput, source: str) -> Iterator[_Read]:
-    for number, (row, fault) in enumerate(parquet_rows(opened.parquet, source), start=1):
+def _parquet_rows(parquet: BinaryIO, source: str) -> Iterator[_Read]:
+    for number, (row, fault) in enumerate(parquet_rows(parquet, source), start=1):
         yield _Read(number, row, fault=fault)
 
 
