@@ -2,7 +2,7 @@
 
 import pyarrow.parquet as pq
 import pytest
-from real_runs import cluster, submit
+from real_runs import cluster, engine_options, submit
 
 
 def check(done, output, rows: int) -> None:
@@ -20,6 +20,6 @@ def test_a_submitted_job_decodes(job_run):
 def test_a_submitted_job_decodes_the_demo_rows(smollm2, tmp_path):
     output = tmp_path / "out"
     job = ["python", "jobs/decode.py", "examples/demo.jsonl", "--output", str(output), "--model", str(smollm2)]
-    job += ["--max-model-len", "1024", "--engine-arg", "enforce_eager=true"]
+    job += engine_options()
     with cluster(tmp_path) as environment:
         check(submit(environment, job), output, 26)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from command_line import fails, run
 from conftest import CHECKOUT
+from real_runs import engine_options
 from transformers import AutoModelForCausalLM
 
 from agd_vllm.evaluation import evaluate as evaluation
@@ -63,7 +64,7 @@ def test_two_strategies_on_the_same_rows(capsys, tmp_path, smollm2, data):
     output = tmp_path / "out"
     arguments = ["evaluate", "--suite", "jsonl", "--data", data, "--model", str(smollm2), "--output", str(output)]
     arguments += ["--strategies", "greedy,agd:tau=0.3", "--limit", "4", "--max-tokens", "24", "--dtype", "float32"]
-    arguments += ["--max-model-len", "512", "--engine-arg", "enforce_eager=true"]
+    arguments += engine_options(max_model_len=512)
     command = [sys.executable, "-m", "agd_vllm", *arguments]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
@@ -103,10 +104,9 @@ def test_two_strategies_on_the_same_rows(capsys, tmp_path, smollm2, data):
 @pytest.mark.long
 def test_strategies_that_can_share_an_engine_load_it_once_and_decode_the_same(tmp_path, smollm2, data):
     """Whatever stands between them, and against one that has an engine of its own."""
-    common = ["--model", str(smollm2), "--dtype", "float32", "--max-model-len", "512", "--max-tokens", "12"]
-    common += ["--engine-arg", "enforce_eager=true", "--engine-arg", "kv_cache_memory_bytes=268435456"]
+    common = ["--model", str(smollm2), "--dtype", "float32", "--max-tokens", "12"]
     # A cached prefix is whole blocks: those that are steered otherwise would be found again.
-    common += ["--engine-arg", "block_size=32"]
+    common += engine_options(max_model_len=512, block_size=32)
     (tmp_path / "data.jsonl").write_text(Path(data).read_text().replace(SYSTEM, f"{SYSTEM} {SYSTEM}"))
     output, alone = tmp_path / "out", tmp_path / "alone"
     vectors = tmp_path / "v.safetensors"
