@@ -69,15 +69,29 @@ def plain_vllm(
     """Greedy outputs of plain `vllm.LLM` in float32: token_ids, text, finish_reason and
     where they are asked for logprobs of each (prompt, parameters); where strengths are given, of all rows at the first,
     then at the next."""
-    job = {
+    job = plain_job(model, rows, steering_strengths, **engine_args)
+    return run_plain_jobs([job], output)[0]
+
+
+def plain_job(
+    model: Path,
+    rows: Iterable[tuple[list[int], dict[str, Any]]],
+    steering_strengths: Sequence[float] = (),
+    **engine_args: Any,
+) -> dict[str, Any]:
+    return {
         "model": str(model),
         "engine_args": {"dtype": "float32", **ENGINE_ARGS, **engine_args},
         "rows": [{"prompt_token_ids": prompt, "params": params} for prompt, params in rows],
-        "output": str(output),
         "steering_strengths": steering_strengths,
     }
+
+
+def run_plain_jobs(jobs: list[dict[str, Any]], output: Path) -> list[list[dict[str, Any]]]:
+    """One process for all, in which each has an engine after the other."""
+    asked = {"jobs": jobs, "output": str(output)}
     command = [sys.executable, str(CHECKOUT / "tests/plain_vllm.py")]
-    subprocess.run(command, input=json.dumps(job), text=True, check=True, capture_output=True, timeout=600)
+    subprocess.run(command, input=json.dumps(asked), text=True, check=True, capture_output=True, timeout=600)
     return json.loads(output.read_text())
 
 
