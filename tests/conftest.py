@@ -17,7 +17,14 @@ import pytest
 from agd_vllm.models import demo
 from agd_vllm.records import Gate, PreparedRow
 
-pytest_plugins = ["made_decoding", "real_runs", "tiny_oracle", "two_workers", "group_fixtures"]
+pytest_plugins = [
+    "made_decoding",
+    "real_runs",
+    "tiny_oracle",
+    "tiny_smollm2",
+    "two_workers",
+    "group_fixtures",
+]
 # In a process of their own (test_triton_kernels.py): Triton interprets either all or nothing.
 # By hand: TRITON_INTERPRET=1 pytest tests/interpreted
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
