@@ -47,7 +47,8 @@ def job(folder, entry, **engine_arguments):
     return plain_job(folder, rows, **args | engine_arguments)
 
 
-@pytest.mark.parametrize("penalty", [1.2, pytest.param(1.0, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("penalty", [1.2, 1.0])
 def test_the_command_decodes_as_a_literal_loop_does(smollm2, tmp_path, penalty):
     """Prompts in chunks, the rows side by side, against one row at a time."""
     layers, relative_top, new = "4,10,20", 0.2, 24
