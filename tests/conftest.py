@@ -18,6 +18,7 @@ from agd_vllm.models import demo
 from agd_vllm.records import Gate, PreparedRow
 
 pytest_plugins = [
+    "counted_starts",
     "made_decoding",
     "real_runs",
     "tiny_oracle",
@@ -34,9 +35,15 @@ DEMO_ROWS = CHECKOUT / "examples/demo.jsonl"
 # Small and quick to start: no compilation, a cache for a few dozen short rows.
 ENGINE_ARGS = {"enforce_eager": True, "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 29, "max_num_seqs": 32}
 
+
+def python_path(*folders: Path) -> str:
+    """PYTHONPATH of a process that has these folders and counts its starts (counted_starts.py)."""
+    return os.pathsep.join(map(str, (*folders, CHECKOUT / "tests/starts")))
+
+
 # For a process that decodes with Model Runner V2, which GPUs have, its kernels interpreted.
 RUNNER_V2 = {
-    "PYTHONPATH": os.pathsep.join(map(str, (CHECKOUT, CHECKOUT / "tests/runner_v2/site"))),
+    "PYTHONPATH": python_path(CHECKOUT, CHECKOUT / "tests/runner_v2/site"),
     "TRITON_INTERPRET": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
 }

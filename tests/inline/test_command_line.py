@@ -10,7 +10,7 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import CHECKOUT, DEMO_ROWS, RUNNER_V2
+from conftest import CHECKOUT, DEMO_ROWS, RUNNER_V2, python_path
 
 # A region of its own for the same prompt, last: cached blocks of the one must not serve the other.
 ROLES = ("system", "user")
@@ -70,7 +70,7 @@ def test_a_script_of_ones_own_gives_the_command_lines_tokens_and_steps(inline, s
     asked = conversations(count)
     job = {"model": str(smollm2), "rows": asked, "output": str(tmp_path / "tokens.json")}
     command = [sys.executable, str(CHECKOUT / "tests/inline/script.py")]
-    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": str(CHECKOUT)} | runner
+    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": python_path(CHECKOUT)} | runner
     done = subprocess.run(command, input=json.dumps(job), env=environment, text=True, capture_output=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     answers = json.loads((tmp_path / "tokens.json").read_text())
@@ -91,7 +91,7 @@ def test_the_script_of_the_documentation_runs_as_it_stands(smollm2, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", (CHECKOUT / "docs/inline.md").read_text(), re.DOTALL)
     (tmp_path / "script.py").write_text(code.replace("path/or/hub-id", str(smollm2)))
     # It takes half of the memory, which other tests use at the same time: vLLM's own variable gives it one GiB.
-    environment = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": str(CHECKOUT), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": python_path(CHECKOUT), "VLLM_CPU_KVCACHE_SPACE": "1"}
     command = [sys.executable, str(tmp_path / "script.py")]
     done = subprocess.run(command, env=os.environ | environment, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
