@@ -81,7 +81,8 @@ SIZES = {
     },
     "cpu": {
         "pool": "--max-model-len 1024 --engine-arg enforce_eager=true --engine-arg kv_cache_memory_bytes=268435456",
-        "inline": "--rows 4 --new 8 --prompt 0 --continuous 6,2 --runs 1 --rest 0 --eager",
+        # More rows than the demo has.
+        "inline": "--rows 30 --new 8 --prompt 0 --continuous 12,5 --pool --runs 1 --rest 0 --eager",
         "workers": "--steps 1,2 --tokens 1 --contexts 40",
         "throughput": "--limit 2 --runs 1 --max-tokens 8 --eager",
     },

@@ -173,12 +173,13 @@ def unleash(
     delay_s: float = 2,
     scorer: str = "forward",
     to_the_last: bool = True,
+    options: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Runs with `kills` (names of PARTS, in this order, each at most `delay_s` after rows have become durable),
     compares with the rows in the output `calm`, which may hold others, too; returns what happened. Waits `to_the_last`
     of Ray's agents, for a minute, where the driver was killed."""
     rng = random.Random(seed)
-    stormy = ChaosRun(model, folder / "stormy", rows, scorer=scorer)
+    stormy = ChaosRun(model, folder / "stormy", rows, *options, scorer=scorer)
     waiting, launches, agents = list(kills), 0, []
     begun = time.monotonic()
     status = None

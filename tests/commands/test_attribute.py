@@ -264,9 +264,9 @@ def test_a_row_that_kills_its_worker_costs_no_other_row(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def decoded_run(job_run, tmp_path):
+def decoded_run(guided_run, tmp_path):
     """A real run: six rows of 24 tokens, float32."""
-    return shutil.copytree(job_run.output, tmp_path / "run")
+    return shutil.copytree(guided_run.output, tmp_path / "run")
 
 
 def test_relevance_adds_up_to_the_scores_that_guided_a_real_run(decoded_run):
