@@ -5,7 +5,7 @@
 
 Each stage writes DIR/STAGE.json when it ends, whether well or not, and the next one goes on. What has not ended by its
 stage's limit is killed, with all that it has started. A stage whose limit is more than what is left of `--budget` is
-not begun; with `--done` a later command goes on from there. With `--shape` the weights are random ones of that shape,
+not begun; with `--done` a later command continues from there. With `--shape` the weights are random ones of that shape,
 written once, before the first stage that reads them, and of the model's folder only the tokenizer is read. The input is
 JSON lines, 192 rows or more. Without a GPU the sizes are small, to try the command, and the tests are skipped.
 """

@@ -42,7 +42,7 @@ PARTS = {
 ENDINGS = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM, "hangup": signal.SIGHUP}
 # Of which the driver alone hears.
 ALONE = ("interrupt",)
-INTERRUPTED = "agd-vllm: interrupted; the same command goes on where it stopped"
+INTERRUPTED = "agd-vllm: interrupted; the same command resumes the run"
 # Ray's agents outlive a driver that was killed outright: they try for 60 seconds (fixed in Ray) to tell it of that.
 RAY_AGENTS, RAY_AGENTS_STAY_S = ("ray::DashboardAgent", "ray::RuntimeEnvAgent"), 90
 

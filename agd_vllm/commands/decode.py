@@ -36,7 +36,7 @@ def _strategies() -> str:
 @shared.dtype_option
 @shared.vllm_options
 @shared.limit_option
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Resume an earlier run.")
 @shared.seed_option
 @click.option(
     "--part-rows",

@@ -198,7 +198,7 @@ def _parse_json(row: RowText) -> Any:
         message = f"the {what} is longer than {MAX_ROW_BYTES >> 20} MiB; split the row or shorten it"
         raise RowRefused("line_too_long", message)
     if row.form == "rest":
-        raise RowRefused("invalid_json", "the line goes on after the end of the array of rows; put this row into it")
+        raise RowRefused("invalid_json", "the line continues after the end of the array of rows; put this row into it")
     try:
         return json.loads(row.text.decode(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:

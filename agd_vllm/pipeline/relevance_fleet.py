@@ -123,7 +123,7 @@ class RelevanceFleet:
         if self._deaths >= MAX_DEATHS_IN_A_ROW:
             raise RuntimeError(
                 f"an attribution worker died {self._deaths} times in a row: {reason}; what was attributed is kept, and "
-                "the same command goes on from there"
+                "the same command resumes from there"
             ) from error
         log.warning("an attribution worker died with row %s and is replaced: %s", task.id, reason)
         kill(self._workers[index])

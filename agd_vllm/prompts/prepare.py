@@ -24,7 +24,7 @@ class Preparer:
 
     `default_roi` is for rows that name no region (None: such rows have no tokens as region); `roi_heads`, (layer, head)
     pairs, are part of every region; a row with neither is decoded unguided. Not `guided`, no region is looked at, but
-    where it is `emphasized`: said again at the end of the prompt.
+    where it is `emphasized`: repeated at the end of the prompt.
     `max_tokens` is for rows that name none. `max_model_len` bounds prompt and output together, in tokens.
     `pause_token_id` is the token by which the gate stops the engine, so no prompt may hold it. `vocab_size` is the
     model's: a tokenizer may know tokens beyond it. `eos_ids` end a row. `date` is as for ChatTemplate.
@@ -112,7 +112,7 @@ class Preparer:
             self._say_once(
                 "emphasize",
                 row,
-                "it names no region, so nothing is said again and it is decoded greedily; give the row a roi, or all "
+                "it names no region, so nothing is repeated and it is decoded greedily; give the row a roi, or all "
                 "such rows one by --roi",
             )
             return row
