@@ -21,8 +21,11 @@ PYTEST := $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reor
 TIERS := quick
 MARKS := $(if $(filter all,$(TIERS)),,-m "not long")
 
+# How often the tests may start vLLM and Ray: a start takes half a minute of a core.
+MOST_STARTS := $(if $(filter all,$(TIERS)),190,60)
+
 test: $(VENV)/.ready lint browser $(MODEL)/model.safetensors
-	$(PYTEST) $(MARKS)
+	$(PYTEST) $(MARKS) --most-starts $(MOST_STARTS)
 
 # What `make test` has a short form of, or covers in parts: runs of the real thing that take minutes.
 long: $(VENV)/.ready $(MODEL)/model.safetensors
@@ -31,6 +34,7 @@ long: $(VENV)/.ready $(MODEL)/model.safetensors
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Thirty kills, about half an hour.
 chaos: $(VENV)/.ready $(MODEL)/model.safetensors

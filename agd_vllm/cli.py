@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         status = _fail(error.format_message(), UNUSABLE)
     except click.Abort:
-        status = _fail("interrupted; the same command goes on where it stopped", OTHER)
+        status = _fail("interrupted; the same command resumes the run", OTHER)
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()

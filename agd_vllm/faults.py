@@ -10,6 +10,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from agd_vllm.low_memory import killed_for_memory
+
 _ANSI_CODE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 # How a traceback begins its last line.
 _OWN_CLASS = re.compile(r"^agd_vllm(\.\w+)+: ")
@@ -74,8 +76,10 @@ class FaultLog:
 
 
 def last_line(error: BaseException) -> str:
-    """The last words of an error, which may hold a remote traceback, in colours; classes without their modules, and
-    errors of our own without their class."""
+    """The last line of an error, which may hold a remote traceback, in colours; classes without their modules, and
+    errors of our own without their class. A process that Ray killed for its memory has a line of ours instead."""
+    if killed := killed_for_memory(str(error)):
+        return killed
     lines = [line.strip() for line in _ANSI_CODE.sub("", str(error)).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -277,7 +277,10 @@ def main(
                 click.echo(" ".join(f"{key}={round(value, 3):g}" for key, value in numbers.items()))
         if pool:
             settings = {"tau": tau, "dtype": dtype, "max_model_len": max_model_len}
-            with Decoder(path, engine_args={"enforce_eager": eager}, **settings) as decoder:
+            # On a CPU the cache of greedy; on a GPU the decoder shares the memory out between engine and worker.
+            cache = {name: size for name, size in beside[0].items() if name == "kv_cache_memory_bytes"}
+            pool_args = {"enforce_eager": eager} | (cache if device == "cpu" else {})
+            with Decoder(path, engine_args=pool_args, **settings) as decoder:
                 for work, each in zip(points, found, strict=True):
                     if not work.prompt and not work.continuous:
                         each["pool"] = pool_speed(decoder, there[: work.rows], work.longest, runs)

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from agd_vllm.pipeline.versions import versions
+from agd_vllm.version import versions
 
 
 def write_result(output: str | Path, result: dict[str, Any]) -> None:

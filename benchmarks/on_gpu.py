@@ -5,7 +5,7 @@
 
 Each stage writes DIR/STAGE.json when it ends, whether well or not, and the next one goes on. What has not ended by its
 stage's limit is killed, with all that it has started. A stage whose limit is more than what is left of `--budget` is
-not begun; with `--done` a later command goes on from there. With `--shape` the weights are random ones of that shape,
+not begun; with `--done` a later command continues from there. With `--shape` the weights are random ones of that shape,
 written once, before the first stage that reads them, and of the model's folder only the tokenizer is read. The input is
 JSON lines, 192 rows or more. Without a GPU the sizes are small, to try the command, and the tests are skipped.
 """
@@ -81,7 +81,8 @@ SIZES = {
     },
     "cpu": {
         "pool": "--max-model-len 1024 --engine-arg enforce_eager=true --engine-arg kv_cache_memory_bytes=268435456",
-        "inline": "--rows 4 --new 8 --prompt 0 --continuous 6,2 --runs 1 --rest 0 --eager",
+        # More rows than the demo has.
+        "inline": "--rows 30 --new 8 --prompt 0 --continuous 12,5 --pool --runs 1 --rest 0 --eager",
         "workers": "--steps 1,2 --tokens 1 --contexts 40",
         "throughput": "--limit 2 --runs 1 --max-tokens 8 --eager",
     },

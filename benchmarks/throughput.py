@@ -160,19 +160,17 @@ def main(
     result["tau"] = tau if math.isfinite(tau) else None
     del result["trace"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shared = {"enforce_eager": eager}
-    greedy_args = shared | side_by_side(CACHE_BYTES[device])
-    agd_args = greedy_args if device == "cuda" else shared
+    engine_args = {"enforce_eager": eager} | side_by_side(CACHE_BYTES[device])
     cores = sorted(os.sched_getaffinity(0))[:greedy_cores] if device == "cpu" else None
     paper_runs = []
     common = {"tau": tau, "dtype": dtype, "max_model_len": MAX_MODEL_LEN}
-    decoder = Decoder(path, engine_args=agd_args, **common, **decoder_options)
+    decoder = Decoder(path, engine_args=engine_args, **common, **decoder_options)
     if paper_seconds:
         paper_runs = run_paper(decoder, papers, dtype, paper_seconds)
         if not paper_runs:
             raise click.ClickException("the paper's loop ended no row in time; raise --paper-seconds")
     own_process = device == "cuda"
-    with PlainVLLM(path, cores, own_process, dtype=dtype, max_model_len=MAX_MODEL_LEN, **greedy_args) as plain:
+    with PlainVLLM(path, cores, own_process, dtype=dtype, max_model_len=MAX_MODEL_LEN, **engine_args) as plain:
         with decoder:
             agd_runs, greedy_runs = take_turns(decoder, plain, turns[: runs + 1])
             if paper_runs:

@@ -42,7 +42,7 @@ PARTS = {
 ENDINGS = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM, "hangup": signal.SIGHUP}
 # Of which the driver alone hears.
 ALONE = ("interrupt",)
-INTERRUPTED = "agd-vllm: interrupted; the same command goes on where it stopped"
+INTERRUPTED = "agd-vllm: interrupted; the same command resumes the run"
 # Ray's agents outlive a driver that was killed outright: they try for 60 seconds (fixed in Ray) to tell it of that.
 RAY_AGENTS, RAY_AGENTS_STAY_S = ("ray::DashboardAgent", "ray::RuntimeEnvAgent"), 90
 
@@ -67,7 +67,9 @@ class ChaosRun:
         self._log, self._faults = folder / "log.txt", folder / "faults.jsonl"
         self._command = [sys.executable, "-m", "agd_vllm", "decode", str(data), "--output", str(self.output)]
         self._command += ["--model", str(model), "--dtype", "float32", "--max-model-len", "1024", "--part-rows", "5"]
-        self._command += ["--log-json", str(self._faults), "--scorer", scorer, *options]
+        # The default is not named: another strategy has no scorer.
+        self._command += ["--log-json", str(self._faults), *(["--scorer", scorer] if scorer != "forward" else [])]
+        self._command += options
         for arg in ("enforce_eager=true", "kv_cache_memory_bytes=268435456", "max_num_seqs=8"):
             self._command += ["--engine-arg", arg]
 
@@ -171,12 +173,13 @@ def unleash(
     delay_s: float = 2,
     scorer: str = "forward",
     to_the_last: bool = True,
+    options: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Runs with `kills` (names of PARTS, in this order, each at most `delay_s` after rows have become durable),
     compares with the rows in the output `calm`, which may hold others, too; returns what happened. Waits `to_the_last`
     of Ray's agents, for a minute, where the driver was killed."""
     rng = random.Random(seed)
-    stormy = ChaosRun(model, folder / "stormy", rows, scorer=scorer)
+    stormy = ChaosRun(model, folder / "stormy", rows, *options, scorer=scorer)
     waiting, launches, agents = list(kills), 0, []
     begun = time.monotonic()
     status = None

@@ -17,7 +17,16 @@ import pytest
 from agd_vllm.models import demo
 from agd_vllm.records import Gate, PreparedRow
 
-pytest_plugins = ["made_decoding", "real_runs", "s3_store", "tiny_demo", "tiny_oracle", "two_workers"]
+pytest_plugins = [
+    "counted_starts",
+    "made_decoding",
+    "real_runs",
+    "s3_store",
+    "tiny_oracle",
+    "tiny_smollm2",
+    "two_workers",
+    "group_fixtures",
+]
 # In a process of their own (test_triton_kernels.py): Triton interprets either all or nothing.
 # By hand: TRITON_INTERPRET=1 pytest tests/interpreted
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
@@ -27,9 +36,15 @@ DEMO_ROWS = CHECKOUT / "examples/demo.jsonl"
 # Small and quick to start: no compilation, a cache for a few dozen short rows.
 ENGINE_ARGS = {"enforce_eager": True, "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 29, "max_num_seqs": 32}
 
+
+def python_path(*folders: Path) -> str:
+    """PYTHONPATH of a process that has these folders and counts its starts (counted_starts.py)."""
+    return os.pathsep.join(map(str, (*folders, CHECKOUT / "tests/starts")))
+
+
 # For a process that decodes with Model Runner V2, which GPUs have, its kernels interpreted.
 RUNNER_V2 = {
-    "PYTHONPATH": os.pathsep.join(map(str, (CHECKOUT, CHECKOUT / "tests/runner_v2/site"))),
+    "PYTHONPATH": python_path(CHECKOUT, CHECKOUT / "tests/runner_v2/site"),
     "TRITON_INTERPRET": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
 }
@@ -69,15 +84,29 @@ def plain_vllm(
     """Greedy outputs of plain `vllm.LLM` in float32: token_ids, text, finish_reason and
     where they are asked for logprobs of each (prompt, parameters); where strengths are given, of all rows at the first,
     then at the next."""
-    job = {
+    job = plain_job(model, rows, steering_strengths, **engine_args)
+    return run_plain_jobs([job], output)[0]
+
+
+def plain_job(
+    model: Path,
+    rows: Iterable[tuple[list[int], dict[str, Any]]],
+    steering_strengths: Sequence[float] = (),
+    **engine_args: Any,
+) -> dict[str, Any]:
+    return {
         "model": str(model),
         "engine_args": {"dtype": "float32", **ENGINE_ARGS, **engine_args},
         "rows": [{"prompt_token_ids": prompt, "params": params} for prompt, params in rows],
-        "output": str(output),
         "steering_strengths": steering_strengths,
     }
+
+
+def run_plain_jobs(jobs: list[dict[str, Any]], output: Path) -> list[list[dict[str, Any]]]:
+    """One process for all, in which each has an engine after the other."""
+    asked = {"jobs": jobs, "output": str(output)}
     command = [sys.executable, str(CHECKOUT / "tests/plain_vllm.py")]
-    subprocess.run(command, input=json.dumps(job), text=True, check=True, capture_output=True, timeout=600)
+    subprocess.run(command, input=json.dumps(asked), text=True, check=True, capture_output=True, timeout=600)
     return json.loads(output.read_text())
 
 

@@ -34,6 +34,7 @@ class Decoding:
     roi_heads: tuple = ()
     waiting_for_attribution: int = 0
     model = SimpleNamespace(path="model", digest=None)
+    tokenizer = SimpleNamespace(chat_template=None)
 
     def __enter__(self):
         return self

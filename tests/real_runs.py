@@ -1,5 +1,5 @@
 """Real runs in float32 that several files look at, so that engines start once for all: `agd-vllm decode` over rows of
-every kind, bad ones among them, and a Ray job that guides every step."""
+every kind, bad ones among them, and one that guides every step. And a cluster with its jobs."""
 
 import json
 import os
@@ -79,6 +79,11 @@ class Run:
     done: subprocess.CompletedProcess
 
 
+def run(arguments: list[str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "agd_vllm", *arguments]
+    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=500)
+
+
 @pytest.fixture(scope="session")
 def command_run(smollm2, tmp_path_factory) -> Run:
     """A good row, every kind of bad one, then short-* and 16 of the demo by their numbers, as in test_chaos.py. In a
@@ -92,9 +97,7 @@ def command_run(smollm2, tmp_path_factory) -> Run:
     arguments += ["--max-tokens", f"{TOKENS}", "--max-model-len", "608", "--trace", str(folder / "trace.json")]
     for arg in ("enforce_eager=true", "block_size=32", "num_gpu_blocks_override=20", "max_num_seqs=8"):
         arguments += ["--engine-arg", arg]
-    command = [sys.executable, "-m", "agd_vllm", *arguments]
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=500)
-    return Run(arguments, data, output, done)
+    return Run(arguments, data, output, run(arguments))
 
 
 BIN = Path(sys.executable).parent
@@ -140,12 +143,12 @@ def submit(environment: dict[str, str], job: list[str]) -> subprocess.CompletedP
 
 
 @pytest.fixture(scope="session")
-def job_run(smollm2, tmp_path_factory) -> Run:
-    """short-* with a gate that is always open, as a Ray job on a cluster of its own."""
-    folder = tmp_path_factory.mktemp("job")
+def guided_run(smollm2, tmp_path_factory) -> Run:
+    """short-* with a gate that is always open."""
+    folder = tmp_path_factory.mktemp("guided")
     data, output = write_rows(folder / "rows.jsonl", short_rows()), folder / "out"
-    arguments = [str(data), "--output", str(output), "--model", str(smollm2), "--dtype", "float32", "--tau", "0"]
-    arguments += engine_options()
-    with cluster(folder) as environment:
-        done = submit(environment, ["python", "jobs/decode.py", *arguments])
-    return Run(["decode", *arguments], data, output, done)
+    arguments = ["decode", str(data), "--output", str(output), "--model", str(smollm2), "--dtype", "float32"]
+    arguments += ["--tau", "0", *engine_options()]
+    done = run(arguments)
+    assert done.returncode == 0, done.stderr
+    return Run(arguments, data, output, done)

@@ -12,7 +12,7 @@ from conftest import CHECKOUT
 
 # Lowest first. A module imports from its own level or lower ones; a level's wings are strangers unless BESIDE says so.
 LEVELS = [
-    ("records", "faults", "trace", "version"),
+    ("records", "faults", "low_memory", "trace", "version"),
     ("kernels",),
     ("input", "prompts"),
     ("output", "models"),
@@ -26,7 +26,7 @@ LEVELS = [
     ("__main__",),
 ]
 LEVEL = {wing: level for level, wings in enumerate(LEVELS) for wing in wings}
-BESIDE = {("prompts", "input"), ("jobs", "cli")}
+BESIDE = {("faults", "low_memory"), ("prompts", "input"), ("jobs", "cli")}
 # Inline attribution stands beside the engine and the workers: of these it knows so much.
 OF_THE_WINGS_BELOW = {
     "inline": {

@@ -86,4 +86,5 @@ class BlockPool:
 
 
 def blocks_for(tokens: int) -> int:
+    """Blocks that so many tokens take."""
     return -(-tokens // BLOCK_TOKENS)

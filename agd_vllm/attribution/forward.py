@@ -44,8 +44,8 @@ class ForwardScorer:
     `cache_bytes` (default: an eighth of the device's memory) are taken for keys, values and tangents, in blocks;
     a sequence that needs more has blocks of its own while it is scored. The least recently used sequences go first.
     A sequence has at most `max_model_len` tokens (default: what the model is made for).
-    `loading`: dtype, device, revision and trust_remote_code of `load_model`. Raises ValueError for a model it cannot
-    read.
+    `loading`: dtype, device, revision, trust_remote_code and overrides of `load_model`. Raises ValueError for a model
+    it cannot read.
     """
 
     stateful = True

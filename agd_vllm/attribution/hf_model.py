@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from agd_vllm.models.architectures import TEXT_MODEL, check_supported
+from agd_vllm.models.architectures import FAMILIES, check_supported
+from agd_vllm.models.config_overrides import read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -19,7 +22,7 @@ class HFModel:
     def __init__(self, architecture: str, model: PreTrainedModel):
         self.architecture = architecture
         self.model = model
-        self.stack = attrgetter(TEXT_MODEL[architecture])(model)
+        self.stack = attrgetter(FAMILIES[architecture].stack)(model)
         self.config = self.stack.config
         self.unembedding: torch.Tensor = model.get_output_embeddings().weight
         self.device = self.unembedding.device
@@ -32,10 +35,18 @@ class HFModel:
 
 
 def load_config(
-    model_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+    model_path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overrides: Mapping[str, Any] | None = None,
 ) -> tuple[str, PretrainedConfig]:
-    """Architecture and config of a local path or Hub id. Raises ValueError if attribution cannot read such a model."""
-    config = AutoConfig.from_pretrained(model_path, revision=revision, trust_remote_code=trust_remote_code)
+    """Architecture and config of a local path or Hub id, with `overrides` as for `read_config`.
+
+    Raises ValueError if attribution cannot read such a model.
+    """
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = read_config(model_path, overrides=overrides, **source)
     return check_supported(config), config
 
 
@@ -46,20 +57,23 @@ def load_model(
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    overrides: Mapping[str, Any] | None = None,
     attn_implementation: str = "sdpa",
 ) -> HFModel:
     """Load the weights in `dtype` (float32 or bfloat16; auto: as the checkpoint) on `device` (default: GPU if any).
 
+    `overrides` change the configuration, as for `read_config`.
+
     Raises ValueError for an unsupported architecture, an unknown dtype, or weights that are not plain matrices.
     """
-    architecture, config = load_config(model_path, revision=revision, trust_remote_code=trust_remote_code)
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    architecture, config = load_config(model_path, overrides=overrides, **source)
     model = AutoModelForCausalLM.from_pretrained(
         model_path,
         config=config,
         dtype=weight_dtype(dtype, config),
-        revision=revision,
-        trust_remote_code=trust_remote_code,
         attn_implementation=attn_implementation,
+        **source,
     )
     model.requires_grad_(False).eval()
     for name, module in model.named_modules():

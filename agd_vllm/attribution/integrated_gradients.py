@@ -6,8 +6,8 @@ Gauss and Legendre's rule of POINTS points, which captum takes too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,15 +43,16 @@ class IntegratedGradients:
         device: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        overrides: Mapping[str, Any] | None = None,
     ):
-        architecture, _ = load_config(model_path, revision=revision, trust_remote_code=trust_remote_code)
+        source = {"revision": revision, "trust_remote_code": trust_remote_code, "overrides": overrides}
+        architecture, _ = load_config(model_path, **source)
         self.hf = load_model(
             model_path,
             dtype=dtype,
             device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
             attn_implementation=lxt_compat.patch(architecture, "ixg"),
+            **source,
         )
 
     def relevance(self, token_ids: Sequence[int], targets: Sequence[tuple[int, int]]) -> list[Relevance]:

@@ -14,6 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from agd_vllm.attribution.batch_bounds import BatchBounds
 from agd_vllm.faults import FaultLog
+from agd_vllm.low_memory import killed_for_memory
 from agd_vllm.records import Gate, Roi, ScoreRequest
 from agd_vllm.trace import Tracer
 
@@ -275,7 +276,7 @@ class AttributionPool:
         """In one line; Ray's messages have many."""
         if isinstance(error, TimeoutError) and not isinstance(error, RayError):
             return f"no answer within {self._deadline_s:g} s"
-        return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        return killed_for_memory(str(error)) or f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
     @staticmethod
     def _fail(batch: Iterable[_Pending], error: Exception) -> None:

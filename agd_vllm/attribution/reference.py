@@ -6,9 +6,9 @@ oracle that forward mode is tested against. It is also the one way to get the re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,16 +46,17 @@ class ReferenceScorer:
         device: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        overrides: Mapping[str, Any] | None = None,
     ):
-        architecture, _ = load_config(model_path, revision=revision, trust_remote_code=trust_remote_code)
+        source = {"revision": revision, "trust_remote_code": trust_remote_code, "overrides": overrides}
+        architecture, _ = load_config(model_path, **source)
         implementation = lxt_compat.patch(architecture, rule)
         self.hf = load_model(
             model_path,
             dtype=dtype,
             device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
             attn_implementation=implementation,
+            **source,
         )
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agd_vllm.attribution.batch_bounds import BatchBounds, bounds_by_cost, time_calls
 from agd_vllm.records import ScoreRequest
@@ -23,7 +23,8 @@ class AttributionSettings:
     for `lxt` `ig` too.
 
     `cores`: the CPU cores that it runs on (CPU only; None leaves it to torch). `gpu_share`: its part of a GPU, 0
-    without one. `max_model_len`: tokens of the longest row (None: what the model is made for).
+    without one. `max_model_len`: tokens of the longest row (None: what the model is made for). `overrides`: changes of
+    the model's configuration, as for `read_config`.
     """
 
     scorer: str
@@ -32,6 +33,7 @@ class AttributionSettings:
     cores: list[int] | None = None
     gpu_share: float = 0
     max_model_len: int | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class AttributionWorker:
             dtype=settings.dtype,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            overrides=settings.overrides,
             cache_bytes=cache_bytes,
             max_model_len=settings.max_model_len,
         )
@@ -143,7 +146,8 @@ def _cache_bytes(model: str, revision: str | None, trust_remote_code: bool, sett
     from agd_vllm.models.architectures import longest_sequence
     from agd_vllm.models.gpu_memory import CACHE_PART, LEAST_CACHE_BYTES, check_room, worker_needs
 
-    _, config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    source = {"revision": revision, "trust_remote_code": trust_remote_code, "overrides": settings.overrides}
+    _, config = load_config(model, **source)
     free, total = torch.cuda.mem_get_info()
     longest = settings.max_model_len or longest_sequence(config.get_text_config())
     needs = worker_needs(config, weight_dtype(settings.dtype, config), SIZES, longest, BLOCK_TOKENS)

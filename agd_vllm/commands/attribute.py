@@ -68,6 +68,7 @@ def attribute(
         _check_input(inputs, output, model)
     else:
         _check_run(ctx, inputs, output)
+    from agd_vllm.engine.model_copies import check_for_copies
     from agd_vllm.output.summary import count_outputs
     from agd_vllm.pipeline.options import DecoderOptions
     from agd_vllm.pipeline.relevance import RelevanceSettings, attribute_run
@@ -75,8 +76,11 @@ def attribute(
 
     failed = 0
     if run_directory is None:
+        # Before anything is decoded.
+        check_for_copies(decoding["engine_args"], decoding["dtype"])
         common = {"trust_remote_code": trust_remote_code, "debug": debug}
         options = DecoderOptions.of(model, "greedy", **common, **decoding)
+        assert output is not None  # _check_input
         failed = run_dataset(RunSettings(inputs, output, limit, given_answers=True), options)
         if failed and not count_outputs(output)["decoded"]:
             ctx.exit(ROWS_FAILED)

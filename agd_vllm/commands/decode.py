@@ -36,7 +36,7 @@ def _strategies() -> str:
 @shared.dtype_option
 @shared.vllm_options
 @shared.limit_option
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Resume an earlier run.")
 @shared.seed_option
 @click.option(
     "--part-rows",
@@ -76,7 +76,7 @@ def decode(
 
     decoder_options = DecoderOptions.of(**shared.given_options(options))
     if dry_run:
-        failed = preview(inputs, decoder_options, limit)
+        failed = preview(inputs, decoder_options, limit, output)
     else:
         if output is None:
             raise click.UsageError("--output DIR is missing; say where the results go (or try --dry-run)")

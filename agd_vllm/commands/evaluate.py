@@ -62,7 +62,7 @@ def evaluate(
     The region is what the benchmark wants followed: the system prompt (iheval), the user message, which holds task and
     rules (ifbench, ifeval), the document or documents (nq), the row's own or --roi (jsonl: rows in the input format
     whose metadata is {"answers": [...]} or {"instruction_id_list": [...], "kwargs": [...]}). Each strategy's run is a
-    directory under DIR as decode writes it; the same command goes on where it stopped.
+    directory under DIR as decode writes it; the same command resumes it.
     """
     quiet_unless(options["debug"])
     from agd_vllm.evaluation.evaluate import EvaluationSettings

@@ -60,6 +60,7 @@ def _json_object(_ctx: click.Context, _param: click.Parameter, given: str) -> di
 
 
 def at_least_one(ctx: click.Context, _param: click.Parameter, given: int | None) -> int | None:
+    """For click: a whole number from 1, or none."""
     if given is not None and given < 1:
         raise click.BadParameter(f"{given}: at least 1")
     return given
@@ -82,7 +83,7 @@ def _own_option(option: Field) -> Decorator:
     common = {"cls": GroupedOption, "group": f"Options of {', '.join(owners(option.name))}", "help": shown}
     if isinstance(default, bool):
         return click.option(f"--{flag}/--no-{flag}", option.name, default=None, **common)
-    kind = click.Choice(told["choices"]) if told["choices"] else {"float": float, "int": int}.get(option.type, str)
+    kind = click.Choice(told["choices"]) if told["choices"] else {"float": float, "int": int}.get(f"{option.type}", str)
     return click.option(f"--{flag}", option.name, type=kind, metavar=told["metavar"], **common)
 
 

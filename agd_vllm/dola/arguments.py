@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from agd_vllm.dola.layers import candidate_layers
+from agd_vllm.models.architectures import DOLA
 from agd_vllm.models.class_overrides import class_override
 from agd_vllm.models.inspect import ModelInfo
 
 CONFIG = "agd_dola"
-CLASSES = {
-    name: f"agd_vllm.dola.models:EarlyExits{name}"
-    for name in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-}
 
 
 def engine_args(model: ModelInfo, layers: str, relative_top: float, given: dict[str, Any]) -> dict[str, Any]:
@@ -20,7 +17,7 @@ def engine_args(model: ModelInfo, layers: str, relative_top: float, given: dict[
 
     Raises ValueError, in one line, for a model, a layer or arguments that it has no code for.
     """
-    config, overrides = class_override(model, CLASSES, given, "dola", "with early exits")
+    config, overrides = class_override(model, DOLA, given, "with early exits")
     numbers = candidate_layers(layers, config.num_hidden_layers, config.tie_word_embeddings)
     return {
         "model_class_overrides": overrides,

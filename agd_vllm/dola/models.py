@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import torch
 from vllm.config import VllmConfig
-from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.model_executor.models.mistral import MistralForCausalLM
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from agd_vllm.dola.arguments import CONFIG
 from agd_vllm.dola.contrast import dola_scores
+from agd_vllm.models.architectures import DOLA
+from agd_vllm.models.class_overrides import vllm_classes
 
 # Elements of a [rows, vocabulary] matrix at a time: the contrast holds a few of them in float32.
 MAX_ELEMENTS = 1 << 26
@@ -48,17 +46,4 @@ class EarlyExits:
         return torch.cat(scores) if scores else None
 
 
-class EarlyExitsLlamaForCausalLM(EarlyExits, LlamaForCausalLM):
-    pass
-
-
-class EarlyExitsMistralForCausalLM(EarlyExits, MistralForCausalLM):
-    pass
-
-
-class EarlyExitsQwen2ForCausalLM(EarlyExits, Qwen2ForCausalLM):
-    pass
-
-
-class EarlyExitsQwen3ForCausalLM(EarlyExits, Qwen3ForCausalLM):
-    pass
+globals().update(vllm_classes(DOLA, EarlyExits, __name__))

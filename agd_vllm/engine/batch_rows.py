@@ -12,6 +12,8 @@ from agd_vllm.input.named_once import NamedTwice, parse_json
 
 
 class BatchRow(msgspec.Struct):
+    """A row of vLLM's batch with the lists of its tokens, which vLLM keeps."""
+
     params: Any  # of the request; `prompt_len` among them is the length of its row's original prompt
     context_len: int  # prompt as vLLM sees it: after a resume it holds earlier outputs too
     context_ids: list[int]  # vLLM's own list, which may grow beyond that

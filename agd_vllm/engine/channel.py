@@ -57,6 +57,8 @@ class EngineStep(msgspec.Struct, frozen=True):
 
 
 class Datagram(msgspec.Struct):
+    """What the engine's process sends at once, after a step."""
+
     reports: list[Report] = []
     step: EngineStep | None = None
     choices: list[Choice] = []

@@ -146,4 +146,6 @@ def contrast(
 
 
 class ContrastProcessor(RowProcessor):
+    """vLLM's logits processor for pairs of rows."""
+
     work = Contrast

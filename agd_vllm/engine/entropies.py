@@ -49,4 +49,6 @@ class Entropies:
 
 
 class EntropyProcessor(RowProcessor):
+    """vLLM's logits processor for rows whose entropies are recorded."""
+
     work = Entropies

@@ -15,6 +15,7 @@ FLOAT32 = ("float32", "float")
 
 
 def on_cpu() -> bool:
+    """Whether this machine has no GPU that torch can use."""
     import torch
 
     return not torch.cuda.is_available()

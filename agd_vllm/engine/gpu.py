@@ -12,11 +12,11 @@ def check_gpu(config: Any, planes: int) -> None:
     """
     from vllm.platforms import current_platform
 
-    from agd_vllm.models.architectures import TEXT_MODEL
+    from agd_vllm.models.architectures import FAMILIES
     from agd_vllm.models.gpu_memory import check_room, engine_needs
 
     model, cache = config.model_config, config.cache_config
-    known = not TEXT_MODEL.keys().isdisjoint(model.hf_config.architectures or ())
+    known = not FAMILIES.keys().isdisjoint(model.hf_config.architectures or ())
     if not known or model.quantization is not None or cache.kv_cache_memory_bytes is not None:
         return  # what it takes then only vLLM knows
     needs = engine_needs(model.hf_config, model.dtype, model.max_model_len, config.parallel_config.world_size, planes)

@@ -14,6 +14,8 @@ else:
 
 
 class HeldWorker(Worker):
+    """vLLM's worker, which takes memory of its GPU once it is released."""
+
     def init_device(self) -> None:
         end_with_actor()
         hold.wait()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
-from transformers.utils.logging import disable_progress_bar
-
-from agd_vllm.evaluation.outcomes import Outcome, read_outcomes
+from agd_vllm.evaluation.outcomes import read_outcomes
 from agd_vllm.evaluation.passes import forward_passes
+from agd_vllm.evaluation.perplexity import perplexities
 from agd_vllm.evaluation.scoring import Scores, check_metadata, score
 from agd_vllm.evaluation.strategies import EvaluatedStrategy, reference
 from agd_vllm.evaluation.suites import Row, read_suite
@@ -22,6 +22,7 @@ from agd_vllm.output.summary import OutputUnusable, open_run
 from agd_vllm.pipeline.decoder import Decoder, DecoderOptions
 from agd_vllm.pipeline.engines import Engines
 from agd_vllm.pipeline.run import RunSettings, run_dataset, run_identity
+from agd_vllm.pipeline.run_date import settle_date
 from agd_vllm.strategies.agd import Agd
 
 ROWS, ROWS_WITHOUT_REGION = "rows.jsonl", "rows-without-region.jsonl"
@@ -30,13 +31,17 @@ TABLE_JSON, TABLE_MARKDOWN = "table.json", "table.md"
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSettings:
-    """What is evaluated and where it goes; `distractors` are for nq, drawn with the seed of the decoder's options."""
+    """What is evaluated and where it goes; `distractors` are for nq, drawn with the seed of the decoder's options.
+
+    `now` as for RunSettings.
+    """
 
     suite: str
     data: str | None
     output: str
     limit: int | None = None
     distractors: int = 0
+    now: datetime | None = None
 
 
 def evaluate(
@@ -59,6 +64,7 @@ def evaluate(
     _write_rows(settings.output, rows, any(strategy.names_region for strategy in strategies))
     for run, decoder in zip(runs, decoders, strict=True):
         open_run(run.output, run_identity(run, decoder), resume=True)
+    runs = _dated(runs, decoders, settings)
     failed = {}
     # Those that can share engines one after another, in the order in which the first of them was named.
     order = sorted(range(len(runs)), key=lambda i: next((j for j in range(i) if decoders[i].loads_as(decoders[j])), i))
@@ -71,7 +77,7 @@ def evaluate(
     summaries = [RunReader(run.output).parameters() for run in runs]
     scores = score(outcomes)
     say("── perplexity of the answers")
-    perplexities, dtype = _perplexities(options, outcomes)
+    quality, measured = perplexities(options, outcomes)
     records = [
         record(
             strategy.name,
@@ -81,7 +87,7 @@ def evaluate(
             {
                 "relevance": isinstance(strategy.options.strategy, Agd),
                 "failed": failed[strategy.name],
-                "perplexity": perplexities[strategy.name],
+                "perplexity": quality[strategy.name],
                 "tokens_per_second": summary["tokens_per_second"],
                 "forward_passes": forward_passes(strategy.options.strategy, outcomes[strategy.name]),
             },
@@ -90,7 +96,7 @@ def evaluate(
     ]
     output = OutputDirectory(settings.output)
     output.write_json(TABLE_JSON, records)
-    table = markdown(f"{settings.suite}, {options.model}", records, notes(settings, scores, dtype, records[0]))
+    table = markdown(f"{settings.suite}, {options.model}", records, notes(settings, scores, measured, records[0]))
     output.write(TABLE_MARKDOWN, table.encode())
     say(table)
     say(f"table: {settings.output.rstrip('/')}/{TABLE_MARKDOWN}")
@@ -105,6 +111,13 @@ def _run_settings(settings: EvaluationSettings, strategy: EvaluatedStrategy) -> 
     folder = settings.output.rstrip("/")
     rows = ROWS_WITHOUT_REGION if strategy.names_region else ROWS
     return RunSettings((f"{folder}/{rows}",), f"{folder}/{strategy.folder}", settings.limit)
+
+
+def _dated(runs: list[RunSettings], decoders: list[Decoder], settings: EvaluationSettings) -> list[RunSettings]:
+    """The runs with one date for all of them, of today's invocation and of later ones."""
+    for decoder in decoders:
+        settle_date(decoder, settings.output, settings.now)
+    return [replace(run, now=decoder.date) for run, decoder in zip(runs, decoders, strict=True)]
 
 
 def _write_rows(directory: str, rows: Sequence[Row], without_region: bool) -> None:
@@ -136,34 +149,15 @@ def _lines(rows: Sequence[Row]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def _perplexities(
-    options: DecoderOptions, outcomes: Mapping[str, Mapping[str, Outcome]]
-) -> tuple[dict[str, float | None], str]:
-    """Perplexity of every strategy's texts under the model that they share, and the dtype that it ran in."""
-    from agd_vllm.evaluation.quality import PerplexityModel
-
-    disable_progress_bar()
-    model = PerplexityModel(
-        options.model,
-        dtype=options.dtype,
-        revision=options.engine_args.get("revision"),
-        trust_remote_code=options.trust_remote_code,
-    )
-    texts = {
-        name: [(outcome.prompt_token_ids, outcome.token_ids) for outcome in rows.values()]
-        for name, rows in outcomes.items()
-    }
-    return model.perplexities(texts), model.dtype
-
-
-def notes(settings: EvaluationSettings, scores: Scores, dtype: str, first: Mapping[str, Any]) -> list[str]:
-    """What must be known to read the table; `first` is any of its records, as all have the same rows."""
+def notes(settings: EvaluationSettings, scores: Scores, measured: str, first: Mapping[str, Any]) -> list[str]:
+    """What must be known to read the table, and what was `measured` beside the scores; `first` is any of its records,
+    as all have the same rows."""
     said = [
         "prompt accuracy: all rules of a row kept (strict); instruction accuracy: rules kept, of all rules",
         "differences in percentage points with a 95 % percentile interval of a paired bootstrap over rows, 10,000 "
         "resamples",
-        f"perplexity of the generated tokens under the unguided model, Hugging Face, {dtype}; repetition: share of "
-        "4-grams that occurred before in the same answer; composite: prompt accuracy x (1 - repetition)",
+        f"{measured}; repetition: share of 4-grams that occurred before in the same answer; composite: prompt accuracy "
+        "x (1 - repetition)",
         "passes/token: how often an output token goes through the layers, values and tangents each counting once, "
         "prompts apart",
     ]

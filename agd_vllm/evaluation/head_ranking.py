@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -55,7 +56,9 @@ class HeadRanking:
     def __init__(self, scorer: ReferenceScorer, tokenizer: PreTrainedTokenizerFast, max_model_len: int):
         self._scorer = scorer
         self._tokenizer = tokenizer
-        self._preparer = Preparer(tokenizer, default_roi=None, guided=False, max_tokens=1, max_model_len=max_model_len)
+        self._preparer = Preparer(
+            tokenizer, default_roi=None, guided=False, max_tokens=1, max_model_len=max_model_len, date=datetime.now()
+        )
         self._max_model_len = max_model_len
         self._total = torch.zeros(scorer.hf.num_layers, scorer.hf.num_heads)
         self._questions = 0

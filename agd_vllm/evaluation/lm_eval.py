@@ -66,9 +66,10 @@ class AGDModel(LM):
         try:
             self._given = _decoder_options(options)
             self._options = DecoderOptions.of(pretrained, **self._given)
-            self._tokenizer = Decoder(options=self._options).tokenizer
+            decoder = Decoder(options=self._options)
         except ValueError as error:
             raise RequestRefused(f"model_args: {error}") from error
+        self._tokenizer, self._date = decoder.tokenizer, decoder.date
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The answers, in the order of the requests; empty ones for those that cannot be decoded.
@@ -128,9 +129,11 @@ class AGDModel(LM):
         try:
             if penalty != self._own_penalty():
                 options = DecoderOptions.of(options.model, **self._given | {"repetition_penalty": penalty})
-            return Decoder(options=options)
+            decoder = Decoder(options=options)
         except ValueError as error:
             raise RequestRefused(f"generation settings: {error}") from error
+        decoder.date = self._date
+        return decoder
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise _no_likelihoods(self._scoring_likelihoods())
@@ -181,7 +184,7 @@ class AGDModel(LM):
             row["messages"] = json.loads(context)
         else:
             row["prompt"] = context
-        if self._options.roi is None and self._options.strategy.roi_heads is None:
+        if self._options.roi is None and self._options.strategy.heads is None:
             row["roi"] = [_region(row)]
         return row
 

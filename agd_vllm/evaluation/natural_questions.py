@@ -28,6 +28,7 @@ def check(record: Record) -> Record:
 
 
 def check_answers(answers: Any) -> None:
+    """Raises ValueError, in one line, unless `answers` are strings that are not empty."""
     if not isinstance(answers, list) or not answers or not all(isinstance(text, str) and text for text in answers):
         raise ValueError("answers must be a non-empty list of non-empty strings")
 

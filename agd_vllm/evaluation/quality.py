@@ -6,9 +6,12 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from agd_vllm.models.config_overrides import read_config
 
 NGRAM = 4
 MAX_BATCH_TOKENS = 2048
@@ -24,12 +27,23 @@ def repetition_rate(token_ids: Sequence[int]) -> float:
 
 
 class PerplexityModel:
-    """The Hugging Face copy of the model, loaded once; `dtype` as asked for, auto: as the checkpoint's."""
+    """The Hugging Face copy of the model, loaded once.
 
-    def __init__(self, path: str, *, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False):
-        self._model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
-        )
+    `dtype` as asked for, auto: as the checkpoint's. `overrides` as for `read_config`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        dtype: str = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        overrides: Mapping[str, Any] | None = None,
+    ):
+        source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        config = read_config(path, overrides=overrides, **source)
+        self._model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **source)
         self._model.requires_grad_(False).eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     @property

@@ -8,19 +8,10 @@ from transformers import AutoConfig
 
 from agd_vllm.attribution.rules import RULES
 from agd_vllm.inline.supported import DTYPES, SCHEDULER
-from agd_vllm.models.architectures import check_supported
+from agd_vllm.models.architectures import INLINE, check_supported
+from agd_vllm.models.class_overrides import class_names
 
 CONFIG = "agd_inline"
-CLASSES = {
-    name: f"agd_vllm.inline.models:Inline{name}"
-    for name in (
-        "Gemma3ForCausalLM",
-        "LlamaForCausalLM",
-        "MistralForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen3ForCausalLM",
-    )
-}
 PROCESSOR = "agd_vllm.inline.processor:InlineProcessor"
 
 
@@ -41,8 +32,9 @@ def engine_args(
         raise ValueError(f"rule {rule}: there are {', '.join(RULES)}")
     config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     name = check_supported(config)
-    if name not in CLASSES:
-        raise ValueError(f"{name} has no inline class; take --scorer forward, or one of {', '.join(CLASSES)}")
+    classes = class_names(INLINE)
+    if name not in classes:
+        raise ValueError(f"{name} has no inline class; take --scorer forward, or one of {', '.join(classes)}")
     own = f"{config.get_text_config().dtype}".removeprefix("torch.")
     if dtype == "auto" and own not in (*DTYPES, "None"):
         raise ValueError(f"dtype: the model's is {own}, inline attribution has {' and '.join(DTYPES)}; name one")
@@ -51,7 +43,7 @@ def engine_args(
         "dtype": dtype,
         "revision": revision,
         "trust_remote_code": trust_remote_code,
-        "model_class_overrides": {name: CLASSES[name]},
+        "model_class_overrides": {name: classes[name]},
         "logits_processors": [PROCESSOR],
         "scheduler_cls": SCHEDULER,
         # Part of the key of vLLM's compile cache.

@@ -46,6 +46,8 @@ class DualMetadata:
 
 
 class DualBuilder(AttentionMetadataBuilder[DualMetadata]):
+    """Makes the metadata of a batch: where each row's tokens lie, and its region."""
+
     # What is launched for rows of one token depends on their number only.
     _cudagraph_support: ClassVar = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
@@ -64,6 +66,8 @@ class DualBuilder(AttentionMetadataBuilder[DualMetadata]):
 
 
 class DualBackend(AttentionBackend):
+    """vLLM's interface to attention over values and tangents."""
+
     supported_dtypes: ClassVar = [torch.bfloat16, torch.float32]
 
     @staticmethod

@@ -57,6 +57,7 @@ def region_salt(roi: Roi, rule: str) -> str:
 def inline_params_of(
     roi: Roi, key: int, rule: str, tau: float, top_k: int, min_prob: float, repetition_penalty: float = 1.0
 ) -> InlineParams:
+    """Parameters of a request with this region, by Roi; the rest as InlineParams has it."""
     spans = [(span.start, span.end, span.weight) for span in roi.spans]
     salt = region_salt(roi, rule)
     return InlineParams(key, rule, salt, tau, top_k, min_prob, spans, list(roi.heads), repetition_penalty)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import lzma
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow as pa
@@ -147,30 +147,33 @@ class _Xz:
     def read(self, size: int) -> bytes:
         data = b""
         while not data:
-            if self._decompressor is None and not self._begin():
+            decompressor = self._decompressor or self._begin()
+            if decompressor is None:
                 return b""
-            if not self._rest and self._decompressor.needs_input:
+            if not self._rest and decompressor.needs_input:
                 self._rest = self._file.read(CHUNK_BYTES)
                 if not self._rest:
                     raise EOFError("truncated xz stream")
-            data = self._decompressor.decompress(self._rest, size)
+            data = decompressor.decompress(self._rest, size)
             self._rest = b""
-            if self._decompressor.eof:
-                self._rest, self._decompressor = self._decompressor.unused_data, None
+            if decompressor.eof:
+                self._rest, self._decompressor = decompressor.unused_data, None
         return data
 
-    def _begin(self) -> bool:
-        """The next stream, after the padding that may stand between two; False where there is none."""
+    def _begin(self) -> lzma.LZMADecompressor | None:
+        """The next stream, after the padding that may stand between two; None where there is none."""
         while not (rest := self._rest.lstrip(b"\0")):
             self._rest = self._file.read(CHUNK_BYTES)
             if not self._rest:
-                return False
+                return None
         self._rest, self._decompressor = rest, lzma.LZMADecompressor(self._form)
-        return True
+        return self._decompressor
 
 
 # Arrow's readers notice a truncated stream and read several frames as one.
-_UNPACKED = {codec: partial(pa.CompressedInputStream, compression=codec) for codec in ("gzip", "bz2", "zstd")}
+_UNPACKED: dict[str, Callable[[BinaryIO], Any]] = {
+    codec: partial(pa.CompressedInputStream, compression=codec) for codec in ("gzip", "bz2", "zstd")
+}
 _UNPACKED |= {"xz": _Xz, "lzma": partial(_Xz, form=lzma.FORMAT_ALONE)}
 
 

@@ -23,6 +23,9 @@ class ArrayNotClosed(Exception):
     """The text ends within its array."""
 
 
+Form = Literal["line", "element", "value", "rest"]
+
+
 @dataclass(frozen=True, slots=True)
 class RowText:
     """The text of a row, in bytes, and its first physical line, counted from 1. Of an `oversized` one only the head.
@@ -34,7 +37,7 @@ class RowText:
     line: int
     text: bytes
     oversized: bool
-    form: Literal["line", "element", "value", "rest"] = "line"
+    form: Form = "line"
 
 
 def row_texts(chunks: Iterator[bytes], line: int = 1) -> Iterator[RowText]:
@@ -61,7 +64,7 @@ def row_texts(chunks: Iterator[bytes], line: int = 1) -> Iterator[RowText]:
     if rest.startswith(b"["):
         yield from row_texts(itertools.chain([rest], chunks), after)
         return
-    form = "rest" if after == array.line else "line"
+    form: Form = "rest" if after == array.line else "line"
     for row in _lines(itertools.chain([rest], chunks), after):
         if row.text.strip():
             if not told and form == "line":
@@ -116,7 +119,9 @@ class _Values:
 
     def elements(self) -> Iterator[RowText]:
         while True:
-            self._pass(_BETWEEN.match(self._buffer, self._at).end())
+            between = _BETWEEN.match(self._buffer, self._at)
+            assert between is not None  # it matches nothing, too
+            self._pass(between.end())
             if self._at == len(self._buffer):
                 if not self._read_on():
                     return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 from agd_vllm.input.wording import place_text
@@ -20,8 +21,8 @@ def named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The pairs as a dict, also for json's `object_pairs_hook`. Raises NamedTwice."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        raise NamedTwice(next(key for key, _ in pairs if key in seen or seen.add(key)))
+        counts = Counter(key for key, _ in pairs)
+        raise NamedTwice(next(key for key, _ in pairs if counts[key] > 1))
     return found
 
 

@@ -64,7 +64,7 @@ def _row(columns: dict[str, pa.Array], index: int) -> tuple[dict[str, Any], RowR
         try:
             value = _plain(column[index].as_py(), column.type)
         except (ValueError, OverflowError) as error:  # a string that is not UTF-8, a time that Python cannot hold
-            message = f"column {name} has a value that cannot be read: {reason(error)}; mend or remove it"
+            message = f"column {name} has a value that cannot be read: {reason(error)}; fix or remove it"
             fault = fault or RowRefused("unreadable_value", message)
             continue
         if value is not None:

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from agd_vllm.input.files import InputUnusable, OpenInput, open_input
 from agd_vllm.input.id_set import IdSet
@@ -40,7 +40,7 @@ def read_rows(inputs: Sequence[str]) -> Iterator[InputRow | RowError]:
     seen = IdSet()
     for source in inputs:
         with open_input(source) as opened:
-            for row in _parquet_rows(opened, source) if opened.parquet else _json_rows(opened, source):
+            for row in _parquet_rows(opened.parquet, source) if opened.parquet else _json_rows(opened, source):
                 yield dataclasses.replace(_checked(seen, row), file=source)
 
 
@@ -162,8 +162,8 @@ def _as_text(value: Any) -> str:
     return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def _parquet_rows(opened: OpenInput, source: str) -> Iterator[_Read]:
-    for number, (row, fault) in enumerate(parquet_rows(opened.parquet, source), start=1):
+def _parquet_rows(parquet: BinaryIO, source: str) -> Iterator[_Read]:
+    for number, (row, fault) in enumerate(parquet_rows(parquet, source), start=1):
         yield _Read(number, row, fault=fault)
 
 
@@ -198,7 +198,7 @@ def _parse_json(row: RowText) -> Any:
         message = f"the {what} is longer than {MAX_ROW_BYTES >> 20} MiB; split the row or shorten it"
         raise RowRefused("line_too_long", message)
     if row.form == "rest":
-        raise RowRefused("invalid_json", "the line goes on after the end of the array of rows; put this row into it")
+        raise RowRefused("invalid_json", "the line continues after the end of the array of rows; put this row into it")
     try:
         return json.loads(row.text.decode(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from agd_vllm.input.wording import place_text, shown
 from agd_vllm.records import FLOAT32_MAX, InputRow, RowRefused, Selector
 
-ROLES = ("system", "user", "assistant")
+Role = Literal["system", "user", "assistant"]
+ROLES = get_args(Role)
 INT32_MAX = 2**31 - 1  # token ids and counts are int32 in the output
 MAX_SELECTORS = 256  # each is searched for in the whole prompt
 
@@ -39,7 +40,7 @@ NEUTRAL = {
     "response_format": {"type": "text"},
 }
 # The same of a message: what clients put into the answers that people send back to be continued.
-NEUTRAL_IN_MESSAGE = {"tool_calls": [], "annotations": []}
+NEUTRAL_IN_MESSAGE: dict[str, list] = {"tool_calls": [], "annotations": []}
 # These shape only a random draw, or who asks for it: with no draw they mean nothing, at any value.
 MEANINGLESS = ("top_p", "top_k", "min_p", "seed", "user")
 
@@ -90,7 +91,7 @@ class _Strict(BaseModel):
 
 
 class _Message(_Strict):
-    role: Literal[ROLES]
+    role: Role
     content: str
 
     @model_validator(mode="before")
@@ -102,7 +103,7 @@ class _Message(_Strict):
 
 
 class _Selector(_Strict):
-    role: Literal[ROLES] | None = None
+    role: Role | None = None
     message: Annotated[int, Field(ge=0, le=INT32_MAX)] | None = None
     text: Annotated[str, Field(min_length=1)] | None = None
     chars: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] | None = None

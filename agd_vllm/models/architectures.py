@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-TEXT_MODEL = {
-    "Gemma3ForCausalLM": "model",
-    "Gemma3ForConditionalGeneration": "model.language_model",
-    "LlamaForCausalLM": "model",
-    "MistralForCausalLM": "model",
-    "Qwen2ForCausalLM": "model",
-    "Qwen3ForCausalLM": "model",
+INLINE, DOLA, STEER = "inline", "dola", "steer"
+
+
+class Family(NamedTuple):
+    """A family of models: `stack` is the path of the decoder layers in the Hugging Face model, `vllm` the module of
+    vLLM's class (below vllm.model_executor.models), `works` what a class of ours adds to that."""
+
+    stack: str
+    vllm: str | None = None
+    works: tuple[str, ...] = ()
+
+
+FAMILIES = {
+    "Gemma3ForCausalLM": Family("model", "gemma3", (INLINE, STEER)),
+    "Gemma3ForConditionalGeneration": Family("model.language_model"),
+    "LlamaForCausalLM": Family("model", "llama", (INLINE, DOLA, STEER)),
+    "MistralForCausalLM": Family("model", "mistral", (INLINE, DOLA, STEER)),
+    "Qwen2ForCausalLM": Family("model", "qwen2", (INLINE, DOLA, STEER)),
+    "Qwen3ForCausalLM": Family("model", "qwen3", (INLINE, DOLA, STEER)),
 }
-"""Architecture, as `config.architectures` names it, to the path of the stack of decoder layers in the HF model."""
+"""Every family that attribution supports, by its architecture as `config.architectures` names it."""
 
-SUPPORTED = tuple(TEXT_MODEL)
+SUPPORTED = tuple(FAMILIES)
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 """Activations of the gated MLP that have a tangent rule."""
@@ -28,10 +40,10 @@ def check_supported(config: Any) -> str:
 
     Raises ValueError, in one line: an unsupported architecture (the message lists the supported ones), quantized
     weights (the rules need them as matrices), soft-capped logits, bidirectional attention or another activation (no
-    rule covers these), a RoPE type that cannot be cached.
+    rule covers these), RoPE parameters that lack something, a RoPE type that cannot be cached.
     """
     names = getattr(config, "architectures", None) or []
-    name = next((name for name in names if name in TEXT_MODEL), None)
+    name = next((name for name in names if name in FAMILIES), None)
     if name is None:
         given = ", ".join(names) or "none named in its config"
         raise ValueError(f"unsupported architecture: {given}; attribution supports {', '.join(SUPPORTED)}")
@@ -49,6 +61,7 @@ def check_supported(config: Any) -> str:
     activation = getattr(text_config, "hidden_activation", None) or text_config.hidden_act
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} has no attribution rule; known: {', '.join(ACTIVATIONS)}")
+    _check_complete(text_config)
     for rope_type in _rope_types(text_config) & set(CHANGING_ROPE):
         raise ValueError(f"RoPE type {rope_type!r} cannot be cached: its frequencies change with the sequence's length")
     return name
@@ -61,13 +74,23 @@ def longest_sequence(text_config: Any) -> int:
     if text_config.model_type.startswith("gemma3"):
         return longest
     linear = [each for each in _rope_parameters(text_config) if each.get("rope_type") == "linear"]
-    return int(longest * max((each["factor"] for each in linear), default=1))
+    return int(longest * max((each.get("factor", 1) for each in linear), default=1))
 
 
 def _rope_parameters(text_config: Any) -> list[dict[str, Any]]:
     """Transformers' `rope_parameters`, which may be one set for each type of layer."""
     parameters = getattr(text_config, "rope_parameters", None) or {}
     return [each for each in parameters.values() if isinstance(each, dict)] or [parameters]
+
+
+def _check_complete(text_config: Any) -> None:
+    # Those of a file are completed while it is read; vLLM puts `hf_overrides` in their place afterwards.
+    sets = _rope_parameters(text_config)
+    missing = [name for name in ("rope_type", "rope_theta") if any(name not in each for each in sets)]
+    by_layer = any(isinstance(each, dict) for each in (text_config.rope_parameters or {}).values())
+    if missing or by_layer != text_config.model_type.startswith("gemma3"):
+        what = f"{' and '.join(missing)} missing" if missing else "not of the form that config.json has"
+        raise ValueError(f"rope_parameters: {what}; hf_overrides take the place of all of them, so name them all")
 
 
 def _rope_types(text_config: Any) -> set[str]:

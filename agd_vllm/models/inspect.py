@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from agd_vllm.models.architectures import check_supported, longest_sequence
+from agd_vllm.models.config_overrides import read_config
 from agd_vllm.models.digest import model_digest
 from agd_vllm.prompts.template import one_line
 from agd_vllm.prompts.tokenizer import load_tokenizer
@@ -41,14 +44,18 @@ def inspect_model(
     attribution: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    overrides: Mapping[str, Any] | None = None,
 ) -> tuple[ModelInfo, PreTrainedTokenizerFast]:
-    """Reads configuration and tokenizer, no weights. Raises ValueError with one line for a model that is missing, that
-    has no token to pause with (if it `pauses`), or that is not supported by `attribution` (if there is some)."""
+    """Reads configuration and tokenizer, no weights. `overrides` change the configuration, as for `read_config`.
+
+    Raises ValueError with one line for a model that is missing, that has no token to pause with (if it `pauses`), or
+    that is not supported by `attribution` (if there is some).
+    """
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     if _looks_like_path(path) and not os.path.isdir(path):
         raise ValueError(f"--model {path}: no such folder; give a local model folder or a Hugging Face id")
     try:
-        config = AutoConfig.from_pretrained(path, **source)
+        config = read_config(path, overrides=overrides, **source)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {path}: cannot read its configuration: {one_line(error)}") from error
     if attribution:

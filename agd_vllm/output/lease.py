@@ -141,13 +141,16 @@ class Lease:
         for _ in range(ATTEMPTS):
             numbers = [number for number in self._numbers() if number != but]
             names = [self._name(number) for number in numbers]
-            leases = [(self._output.content(name), self._output.written_at(name)) for name in names]
+            found = [(self._output.content(name), self._output.written_at(name)) for name in names]
+            leases = [(content, written) for content, written in found if written is not None]
             # One that is gone was renewed or released since its name was read.
-            if all(written for _, written in leases):
+            if len(leases) == len(found):
                 break
         else:
             raise OutputFailed(f"output {self._output.name}: another run is writing there; wait for it or stop it")
-        now = self._now() if leases else None
+        if not leases:
+            return []
+        now = self._now()
         for content, written in leases:
             holder = _read(content or b"")
             seconds = holder.get("expires_after", EXPIRES_AFTER)

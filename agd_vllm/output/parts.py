@@ -24,6 +24,7 @@ def parts(output: OutputDirectory, folder: str, ending: str = "parquet") -> list
 
 
 def next_number(names: Iterable[str]) -> int:
+    """The number after the greatest one among the names of parts, from 0."""
     return max(map(_number, names), default=-1) + 1
 
 

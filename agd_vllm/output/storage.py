@@ -173,12 +173,14 @@ class OutputDirectory:
         with self.faults(name), suppress(FileNotFoundError):
             self._fs.invalidate_cache()
             return self._fs.cat_file(self.path(name))
+        return None
 
     def written_at(self, name: str) -> datetime | None:
         """When a file was written, by the storage's clock; None where there is no such file."""
         with self.faults(name), suppress(FileNotFoundError):
             self._fs.invalidate_cache()
             return self._fs.modified(self.path(name))
+        return None
 
     def remove_temporaries(self, folder: str = "") -> None:
         """Removes what processes that died left half written. For the one process that may write there."""
@@ -216,9 +218,9 @@ class OutputDirectory:
         """One line for any fault but those `passed` on: every file system raises kinds of its own, hence Exception."""
         try:
             yield
-        except (OutputFailed, *passed):
-            raise
         except Exception as error:
+            if isinstance(error, (OutputFailed, *passed)):
+                raise
             reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
             where = f"{self.name.rstrip('/')}/{name}" if name else self.name
             raise OutputFailed(f"output {where}: {reason}; fix that and run the same command again") from error

@@ -7,7 +7,7 @@ from agd_vllm.records import RowError
 MAX_RESTARTS_IN_A_ROW = 5
 # So many poison rows with none decoded in between, or so many deaths before the first row: it is not the rows.
 MAX_POISON_IN_A_ROW, MAX_DEATHS_AT_FIRST = 10, 5
-KEPT = "what was decoded is kept, and the same command goes on from there"
+KEPT = "what was decoded is kept, and the same command resumes from there"
 
 
 class Deaths:

@@ -6,11 +6,14 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from datetime import datetime
+from functools import partial
 from typing import Any
 
 from agd_vllm.attribution.batch_bounds import BatchBounds
 from agd_vllm.attribution.worker import WorkerInfo
 from agd_vllm.engine.arguments import check_engine_args, gpus_per_engine
+from agd_vllm.engine.model_copies import check_for_copies, overrides_for_copies
 from agd_vllm.engine.settings import EngineSettings
 from agd_vllm.faults import FaultLog
 from agd_vllm.input.reader import check_rows
@@ -20,12 +23,14 @@ from agd_vllm.pipeline import placement
 from agd_vllm.pipeline.actors import kill, loaded
 from agd_vllm.pipeline.fleet import Fleet
 from agd_vllm.pipeline.options import DecoderOptions
+from agd_vllm.pipeline.replica import ReplicaInfo
 from agd_vllm.pipeline.source import Source
 from agd_vllm.pipeline.teams import Demand, teams
 from agd_vllm.prompts.heads import read_head_set
 from agd_vllm.prompts.prepare import Preparer
 from agd_vllm.records import DecodedRow, InputRow, RowError
 from agd_vllm.trace import TraceFile
+from agd_vllm.version import check_vllm
 
 log = logging.getLogger("agd_vllm")
 
@@ -48,25 +53,36 @@ class Decoder:
         self._strategy = options.strategy
         self._attribution = self._strategy.attribution(options.dtype, options.max_model_len)
         self._default_roi = parse_selector_option(options.default_roi)
+        check_vllm()
         check_engine_args(options.engine_args)
+        if self._attribution is not None:
+            check_for_copies(options.engine_args, options.dtype)
+            overrides = overrides_for_copies(options.engine_args)
+            self._attribution = replace(self._attribution, overrides=overrides)
         self.model, self.tokenizer = inspect_model(
             options.model,
             pauses=self._strategy.pauses,
             attribution=self._attribution is not None,
             revision=options.engine_args.get("revision"),
             trust_remote_code=options.trust_remote_code,
+            overrides=overrides_for_copies(options.engine_args),
         )
         self._own_args = self._strategy.engine_args(self.model, options.dtype, options.engine_args)
         longest = self.model.max_model_len
         if options.max_model_len is not None and options.max_model_len > longest:
             raise ValueError(f"max_model_len {options.max_model_len}: the model takes at most {longest}")
         self.roi_heads: tuple[tuple[int, int], ...] = ()
-        if self._strategy.roi_heads:
-            self.roi_heads = read_head_set(self._strategy.roi_heads, self.model.num_layers, self.model.num_heads)
+        if self._strategy.heads:
+            self.roi_heads = read_head_set(self._strategy.heads, self.model.num_layers, self.model.num_heads)
+        # What a chat template writes as today's: the same for all rows.
+        self.date = datetime.now()
         self._fault_log = FaultLog()
         self._trace: TraceFile | None = None
         self.preparer()  # refuses chat template kwargs that cannot be set
         self._cluster: placement.Cluster | None = None
+        self._info: ReplicaInfo
+        self._cores: placement.Cores
+        self._after: list[Any]
         self._workers: list[Any] = []
         self._asked: list[Any] | None = None
         self._infos: list[WorkerInfo] | None = None
@@ -89,6 +105,7 @@ class Decoder:
             pause_token_id=self.model.pause_id,
             vocab_size=self.model.vocab_size,
             eos_ids=self.model.eos_ids,
+            date=self.date,
         )
 
     def start(self) -> None:
@@ -103,11 +120,16 @@ class Decoder:
         demand = Demand(options.engines, options.workers, gpus_per_engine(options.engine_args))
         self._cluster = placement.connect(demand, options.debug)
         try:
-            self._start_actors()
+            self._fleet = self._start_actors(self._cluster)
         except BaseException:
             self.close()
             raise
         self.load_seconds = time.perf_counter() - begun
+
+    def _started(self) -> Fleet:
+        self.start()
+        assert self._fleet is not None
+        return self._fleet
 
     def loads_as(self, other: Decoder) -> bool:
         """Whether the engines and workers of `other` serve this one's rows, too."""
@@ -124,16 +146,16 @@ class Decoder:
     def take_over(self, other: Decoder) -> bool:
         """Takes the running engines and workers of `other`, which then has none; False where they do not serve it."""
         begun = time.perf_counter()
-        if other._fleet is None or not self.loads_as(other):
+        if other._fleet is None or other._cluster is None or not self.loads_as(other):
             return False
-        self._cluster = other._cluster
+        cluster = self._cluster = other._cluster
         self._fault_log = FaultLog(self.options.log_json)
 
         def tell(replica: Any) -> Any:
             return replica.serve.remote(self._strategy)
 
         try:
-            other._fleet.serve(self._make_replica, self._attach, tell, self._fault_log)
+            other._fleet.serve(partial(self._make_replica, cluster), self._attach, tell, self._fault_log)
         except RuntimeError as error:
             log.debug("engines are loaded anew: %s", error)
             self._cluster = None
@@ -157,9 +179,9 @@ class Decoder:
             kv_planes=self._strategy.kv_planes,
         )
 
-    def _make_replica(self, index: int) -> Any:
+    def _make_replica(self, cluster: placement.Cluster, index: int) -> Any:
         return placement.make_replica(
-            self._cluster,
+            cluster,
             index,
             self.model,
             replace(self._engine_settings(), cores=self._cores[index]),
@@ -169,19 +191,22 @@ class Decoder:
             self._after,
         )
 
-    def _start_actors(self) -> None:
-        options, cluster = self.options, self._cluster
+    def _start_actors(self, cluster: placement.Cluster) -> Fleet:
+        options = self.options
         self._cores, worker_cores = placement.cores(cluster, options.engines, options.workers)
         self.layout = placement.layout(cluster.shares, self._cores, worker_cores)
         self.layout += self._strategy.layout
-        self._workers = [
-            placement.make_worker(cluster, index, self.model, replace(self._attribution, cores=cores), options.debug)
-            for index, cores in enumerate(worker_cores)
-        ]
+        if self._attribution is not None:
+            self._workers = [
+                placement.make_worker(
+                    cluster, index, self.model, replace(self._attribution, cores=cores), options.debug
+                )
+                for index, cores in enumerate(worker_cores)
+            ]
         # Who shares a GPU with workers imports while they load, and takes memory when they have theirs.
         self._after = self._ask_workers() if cluster.shares.shared else []
-        self._fleet = Fleet(
-            make=self._make_replica,
+        fleet = self._fleet = Fleet(
+            make=partial(self._make_replica, cluster),
             attach=self._attach,
             count=options.engines,
             faults=self._fault_log,
@@ -189,25 +214,26 @@ class Decoder:
             one_by_one=cluster.shares.shared,
         )
         try:
-            self._info = self._fleet.start()
+            self._info = fleet.start()
         except RuntimeError:
             if self._after:
                 # It may have waited for a worker that could not start: that is said then.
                 self._wait_for_workers()
             raise
+        return fleet
 
     def _attach(self, index: int, replica: Any) -> None:
         """Tells an engine who scores."""
         if not self._workers:
             replica.attach.remote([], False, None, BatchBounds())
             return
-        self._wait_for_workers()
+        infos = self._wait_for_workers()
         made = teams(self.options.engines, len(self._workers))
         team = made[index % len(made)]
-        tokens = None
-        if self._infos[0].cache_tokens is not None:
-            tokens = sum(self._infos[worker].cache_tokens for worker in team.workers) // len(team.engines)
-        mine, info = [self._workers[worker] for worker in team.workers], self._infos[0]
+        info, tokens = infos[0], None
+        if info.cache_tokens is not None:
+            tokens = sum(infos[worker].cache_tokens for worker in team.workers) // len(team.engines)
+        mine = [self._workers[worker] for worker in team.workers]
         replica.attach.remote(mine, info.stateful, tokens, info.bounds)
 
     def _ask_workers(self) -> list[Any]:
@@ -216,10 +242,11 @@ class Decoder:
             self._asked = [worker.info.remote() for worker in self._workers]
         return self._asked
 
-    def _wait_for_workers(self) -> None:
+    def _wait_for_workers(self) -> list[WorkerInfo]:
         """Until their models are loaded."""
         if self._infos is None:
             self._infos = loaded(self._ask_workers(), "an attribution worker")
+        return self._infos
 
     def decode(
         self, rows: Iterable[dict[str, Any]], on_error: Callable[[RowError], None] | None = None
@@ -241,8 +268,7 @@ class Decoder:
 
         None comes now and then while nothing ends, for callers that have something else to do in time.
         """
-        self.start()
-        yield from self._fleet.decode(Source(items, self.preparer(self._info.max_model_len)))
+        yield from self._started().decode(Source(items, self.preparer(self._info.max_model_len)))
 
     @property
     def waiting_for_attribution(self) -> int:

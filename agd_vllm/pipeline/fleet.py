@@ -126,14 +126,14 @@ class Fleet:
         May be left early: the rows in flight are dropped, and the next decode() starts clean.
         """
         if self._decoding:
-            raise RuntimeError("a decode() is going on; read it to its end or close it before the next")
+            raise RuntimeError("another decode() has not ended; read it to its end or close it before the next")
         self._decoding = True
         self._batch += 1
         try:
             self._settle(source)
             while not source.exhausted or self._suspects or any(engine.rows for engine in self._engines):
                 if not self._engines:
-                    raise RuntimeError("closed while a decode() was going on")
+                    raise RuntimeError("closed before a decode() had ended")
                 for engine in sorted(self._engines, key=lambda engine: len(engine.rows)):
                     self._fill(engine, source)
                 yield from source.refused()

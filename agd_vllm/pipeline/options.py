@@ -76,4 +76,4 @@ class DecoderOptions:
         """The region of rows that name none: the system prompt, but for a head set, which is a region of its own."""
         if self.roi is not None:
             return self.roi
-        return "none" if self.strategy.roi_heads else "role=system"
+        return "none" if self.strategy.heads else "role=system"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import signal
@@ -18,13 +19,14 @@ from agd_vllm.attribution.worker import AttributionSettings, AttributionWorker
 from agd_vllm.engine.settings import EngineSettings
 from agd_vllm.models.host import usable_cores
 from agd_vllm.models.inspect import ModelInfo
-from agd_vllm.pipeline.cores import split_cores
 from agd_vllm.pipeline.ray_token import provide_token
 from agd_vllm.pipeline.replica import Replica
 from agd_vllm.pipeline.signals import not_for_children
 from agd_vllm.pipeline.teams import Demand, Reservation, Shares, gpu_shares
 from agd_vllm.strategies.strategy import Strategy
 
+# The CPU cores of each actor; None: any.
+Cores = list[list[int] | None]
 # Ray restarts a worker that died; it holds nothing that cannot be sent again.
 WORKER_RESTARTS = -1
 # Rows of one engine, many of them waiting for admission: their coroutines are light.
@@ -137,14 +139,15 @@ def _kill(processes: Iterable[psutil.Process]) -> None:
             process.kill()
 
 
-def cores(cluster: Cluster, engines: int, workers: int) -> tuple[list[list[int] | None], list[list[int] | None]]:
+def cores(cluster: Cluster, engines: int, workers: int) -> tuple[Cores, Cores]:
     """Cores of each engine and worker; None where a GPU does the work, or where others share the cluster's machines."""
     if cluster.shares.engine or not cluster.started:
         return [None] * engines, [None] * workers
-    return split_cores(engines, workers)
+    of_engines, of_workers = split_cores(engines, workers)
+    return [*of_engines], [*of_workers]
 
 
-def layout(shares: Shares, engine_cores: list[list[int] | None], worker_cores: list[list[int] | None]) -> str:
+def layout(shares: Shares, engine_cores: Cores, worker_cores: Cores) -> str:
     """Who runs where, in one line for the run's header."""
     parts = []
     for name, gpus, actors in (
@@ -157,7 +160,7 @@ def layout(shares: Shares, engine_cores: list[list[int] | None], worker_cores: l
         if gpus:
             part += f" on {gpus:g} GPU{'s' if gpus > 1 else ''} each"
         elif actors[0] is not None:
-            part += " on cores " + " / ".join(",".join(map(str, cores)) for cores in actors)
+            part += " on cores " + " / ".join(",".join(map(str, cores or ())) for cores in actors)
         parts.append(part)
     return "; ".join(parts)
 
@@ -205,3 +208,19 @@ def _runtime_env(debug: bool) -> dict[str, Any]:
     if not debug:
         variables |= {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     return {"env_vars": variables}
+
+
+def split_cores(engines: int, workers: int) -> tuple[list[list[int]], list[list[int]]]:
+    """CPU cores of each engine and of each worker: equal, disjoint shares of this process's cores.
+
+    Two actors on one core slow each other at every step. With fewer cores than actors they share: engines and workers
+    then go round the cores in turn.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    actors = engines + workers
+    if len(cores) < actors:
+        shares = [[cores[index % len(cores)]] for index in range(actors)]
+    else:
+        bounds = [len(cores) * index // actors for index in range(actors + 1)]
+        shares = [cores[start:end] for start, end in itertools.pairwise(bounds)]
+    return shares[:engines], shares[engines:]

@@ -11,16 +11,18 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
+from agd_vllm.attribution.worker import AttributionSettings
+from agd_vllm.engine.model_copies import overrides_for_copies
 from agd_vllm.models.inspect import ModelInfo, inspect_model
 from agd_vllm.output.identity import differences
 from agd_vllm.output.relevance_writer import RELEVANCE, RELEVANCE_ERRORS, RelevanceWriter, TokenRelevance
 from agd_vllm.output.run_reader import RunReader
 from agd_vllm.output.summary import OutputUnusable, count_outputs
+from agd_vllm.pipeline.explicable import check_explicable
 from agd_vllm.pipeline.progress import say
 from agd_vllm.pipeline.relevance_fleet import Attributed, RelevanceFleet, Task
-from agd_vllm.pipeline.versions import versions
 from agd_vllm.records import DecodedRow
-from agd_vllm.strategies.registry import STRATEGIES
+from agd_vllm.version import versions
 
 # Beside `relevance/`: what it was computed with, and, at the end, how much of it there is.
 DESCRIPTION = "relevance.json"
@@ -72,7 +74,7 @@ def attribute_run(settings: RelevanceSettings) -> int:
     Raises ValueError or OutputUnusable before any weights are loaded, later OutputFailed or RuntimeError.
     """
     run = RunReader(settings.run)
-    _check_strategy(run)
+    _check_run(run)
     counts = count_outputs(settings.run)
     if not counts["decoded"]:
         raise ValueError(f"run {settings.run}: no row is decoded there, so there is nothing to attribute")
@@ -89,8 +91,10 @@ def attribute_run(settings: RelevanceSettings) -> int:
             say(notes, "nothing left to attribute")
         else:
             say(notes, f"loading {model.path} ...")
-            fleet = RelevanceFleet(model, identity["rule"], identity["dtype"], settings.workers, settings.debug)
-            with fleet:
+            attribution = AttributionSettings(
+                "lxt", identity["rule"], identity["dtype"], overrides=identity.get("hf_overrides", {})
+            )
+            with RelevanceFleet(model, attribution, settings.workers, settings.debug) as fleet:
                 say(notes, fleet.layout)
                 rows = min(counts["decoded"], settings.limit or counts["decoded"])
                 _work_off(fleet, itertools.chain([first], tasks), writer, notes, rows)
@@ -109,13 +113,11 @@ def attribute_run(settings: RelevanceSettings) -> int:
     return summary["failed"]
 
 
-def _check_strategy(run: RunReader) -> None:
-    name = run.parameters().get("strategy")
-    if name in STRATEGIES and not STRATEGIES[name].by_own_logits:
-        raise ValueError(
-            f"run {run.directory}: strategy {name} does not choose tokens by the logits of the model itself, which are "
-            "all that attribution explains; give a run of another strategy"
-        )
+def _check_run(run: RunReader) -> None:
+    try:
+        check_explicable(run.parameters())
+    except ValueError as error:
+        raise ValueError(f"run {run.directory}: {error}") from error
 
 
 def _claim(run: RunReader, identity: dict[str, Any]) -> None:
@@ -136,10 +138,17 @@ def _resolve(run: RunReader, settings: RelevanceSettings) -> tuple[ModelInfo, di
     parameters = run.parameters()
     path = settings.model or parameters["model"]
     own = path == parameters["model"]
-    revision = parameters.get("engine_args", {}).get("revision") if own else None
+    engine_args = parameters.get("engine_args", {})
+    revision = engine_args.get("revision") if own else None
+    # Wherever the model lies now.
+    overrides = overrides_for_copies(engine_args)
     try:
         model, tokenizer = inspect_model(
-            path, attribution=True, revision=revision, trust_remote_code=settings.trust_remote_code
+            path,
+            attribution=True,
+            revision=revision,
+            trust_remote_code=settings.trust_remote_code,
+            overrides=overrides,
         )
     except ValueError as error:
         hint = "" if settings.model else f" (as {settings.run} names it; --model says where it is now)"
@@ -150,6 +159,7 @@ def _resolve(run: RunReader, settings: RelevanceSettings) -> tuple[ModelInfo, di
         "revision": revision,
         "rule": settings.rule or parameters.get("rule", "attnlrp"),
         "dtype": settings.dtype or parameters.get("attribution_dtype") or parameters.get("dtype", "auto"),
+        **({"hf_overrides": overrides} if overrides else {}),
     }
     return model, identity
 

@@ -54,9 +54,9 @@ class RelevanceFleet:
     MAX_DEATHS_IN_A_ROW times with no row attributed in between.
     """
 
-    def __init__(self, model: ModelInfo, rule: str, dtype: str, count: int, debug: bool):
+    def __init__(self, model: ModelInfo, settings: AttributionSettings, count: int, debug: bool):
         self._model = model
-        self._settings = AttributionSettings("lxt", rule, dtype)
+        self._settings = settings
         self._debug = debug
         self._cluster = placement.connect(Demand(engines=0, workers=count, gpus_per_engine=0), debug)
         _, self._cores = placement.cores(self._cluster, 0, count)
@@ -123,7 +123,7 @@ class RelevanceFleet:
         if self._deaths >= MAX_DEATHS_IN_A_ROW:
             raise RuntimeError(
                 f"an attribution worker died {self._deaths} times in a row: {reason}; what was attributed is kept, and "
-                "the same command goes on from there"
+                "the same command resumes from there"
             ) from error
         log.warning("an attribution worker died with row %s and is replaced: %s", task.id, reason)
         kill(self._workers[index])

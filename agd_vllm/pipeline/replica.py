@@ -50,6 +50,8 @@ class EngineLost(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaInfo:
+    """What an engine reports once it has loaded: tokens of the longest sequence, rows side by side, seconds."""
+
     max_model_len: int
     max_sessions: int
     load_seconds: float
@@ -120,8 +122,8 @@ class Replica:
             if self._strategy.inline:
                 tokens = min(FIRST_TOKENS, self._engine.max_model_len - FIRST_STEPS)
                 row = PreparedRow("first steps", [0] * tokens, Roi((Span(0, tokens),)), max_tokens=FIRST_STEPS)
-                common = (self._tokenizer, frozenset(), self._faults, self._strategy)
-                await decode_row(self._engine, None, row, *common)
+                eos_ids: frozenset[int] = frozenset()
+                await decode_row(self._engine, None, row, self._tokenizer, eos_ids, self._faults, self._strategy)
                 return
             row = PreparedRow("first steps", [0], Roi(), max_tokens=FIRST_STEPS)
             stops = StopCheck(row, frozenset(), self._tokenizer)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from rich.console import Console
@@ -19,13 +20,14 @@ from agd_vllm.pipeline.decoder import Decoder
 from agd_vllm.pipeline.engines import Engines
 from agd_vllm.pipeline.options import DecoderOptions
 from agd_vllm.pipeline.progress import ProgressLine, print_summary, say
+from agd_vllm.pipeline.run_date import recall_date, settle_date
 from agd_vllm.pipeline.tally import Tally
-from agd_vllm.pipeline.versions import versions
 from agd_vllm.prompts.answers import given_answer, gives_answer
 from agd_vllm.prompts.dry_run import dry_run
 from agd_vllm.prompts.prepare import Preparer
 from agd_vllm.records import InputRow, RowError, RowRefused
 from agd_vllm.strategies.agd import Agd
+from agd_vllm.version import versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class RunSettings:
     """Where rows come from and results go; parts become durable after `part_rows` rows or `part_seconds` seconds.
 
     With `given_answers` a last message of role assistant is taken as the row's answer, which is not decoded then.
+    `now`: what a chat template writes as today's date, where the run has none yet (None: the clock's).
     """
 
     inputs: tuple[str, ...]
@@ -42,6 +45,7 @@ class RunSettings:
     part_rows: int = 500
     part_seconds: float = 60.0
     given_answers: bool = False
+    now: datetime | None = None
 
 
 def run_dataset(settings: RunSettings, options: DecoderOptions, engines: Engines | None = None) -> int:
@@ -58,6 +62,8 @@ def run_dataset(settings: RunSettings, options: DecoderOptions, engines: Engines
     notes = Console(stderr=True)
     progress = ProgressLine(notes)
     with RunWriter(settings.output, settings.part_rows, settings.part_seconds) as writer:
+        # Not before the directory is this process's.
+        described |= settle_date(decoder, settings.output, settings.now)
         tally = Tally(settings.output, decoder, progress)
         try:
             rows = _remaining(settings, writer)
@@ -82,11 +88,17 @@ def run_dataset(settings: RunSettings, options: DecoderOptions, engines: Engines
     return summary["failed"]
 
 
-def preview(inputs: tuple[str, ...], options: DecoderOptions, limit: int | None) -> int:
-    """`--dry-run`: no model is loaded; returns the count of rows that would fail."""
+def preview(inputs: tuple[str, ...], options: DecoderOptions, limit: int | None, output: str | None = None) -> int:
+    """`--dry-run`: no model is loaded; returns the count of rows that would fail.
+
+    Prompts have the date of the run in `output`, if one is there.
+    """
     check_inputs(inputs)
     rows = itertools.islice(read_rows(inputs), limit)
-    return dry_run(rows, Decoder(options=options).preparer(), Console()).refused
+    decoder = Decoder(options=options)
+    if output is not None:
+        recall_date(decoder, output)
+    return dry_run(rows, decoder.preparer(), Console()).refused
 
 
 def _remaining(settings: RunSettings, writer: RunWriter) -> Iterator[InputRow]:

@@ -10,6 +10,7 @@ GIVEN = "given"
 
 
 def gives_answer(row: InputRow) -> bool:
+    """Whether the row's last message is the assistant's."""
     return row.messages is not None and row.messages[-1]["role"] == "assistant"
 
 

@@ -1,4 +1,4 @@
-"""A region said again at the end of the last user message: what anyone can do without attribution."""
+"""A region repeated at the end of the last user message: what anyone can do without attribution."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ def emphasized(row: InputRow, selectors: tuple[Selector, ...], rendered: Rendere
         raise RowRefused("emphasize", "strategy emphasize adds to a user message, the row has none; give it one")
     texts = positive_texts(selectors, rendered)
     if not texts:
-        raise RowRefused(
-            "emphasize", "no part of the region has a positive weight; give one that has, to be said again"
-        )
+        raise RowRefused("emphasize", "no part of the region has a positive weight; give one that has, to be repeated")
     messages = list(row.messages)
     messages[last] = messages[last] | {"content": "\n\n".join([messages[last]["content"], *texts])}
     return dataclasses.replace(row, messages=tuple(messages))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -23,10 +24,10 @@ class Preparer:
 
     `default_roi` is for rows that name no region (None: such rows have no tokens as region); `roi_heads`, (layer, head)
     pairs, are part of every region; a row with neither is decoded unguided. Not `guided`, no region is looked at, but
-    where it is `emphasized`: said again at the end of the prompt.
+    where it is `emphasized`: repeated at the end of the prompt.
     `max_tokens` is for rows that name none. `max_model_len` bounds prompt and output together, in tokens.
     `pause_token_id` is the token by which the gate stops the engine, so no prompt may hold it. `vocab_size` is the
-    model's: a tokenizer may know tokens beyond it. `eos_ids` end a row.
+    model's: a tokenizer may know tokens beyond it. `eos_ids` end a row. `date` is as for ChatTemplate.
     What is no fault of a row but hardly meant goes to `warn`, each kind once, with the first row of it.
     Raises ValueError for `chat_template_kwargs` that are no variables of a template.
     """
@@ -45,12 +46,13 @@ class Preparer:
         pause_token_id: int | None = None,
         vocab_size: int | None = None,
         eos_ids: frozenset[int] = frozenset(),
+        date: datetime | None = None,
     ):
         self.warn: Callable[[str], None] = log.warning
         self._warned: set[str] = set()
         self.guided = guided
         self._emphasized = emphasized
-        self._template = ChatTemplate(tokenizer)
+        self._template = ChatTemplate(tokenizer, date)
         self._tokenizer = ChatTokenizer(tokenizer)
         self._longest_token = max(map(len, tokenizer.get_vocab()))  # in characters, or in more of its own for bytes
         self._default_roi = default_roi
@@ -110,7 +112,7 @@ class Preparer:
             self._say_once(
                 "emphasize",
                 row,
-                "it names no region, so nothing is said again and it is decoded greedily; give the row a roi, or all "
+                "it names no region, so nothing is repeated and it is decoded greedily; give the row a roi, or all "
                 "such rows one by --roi",
             )
             return row

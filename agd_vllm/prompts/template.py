@@ -8,11 +8,13 @@ import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from agd_vllm.prompts.template_date import date_variables
 from agd_vllm.prompts.traced import Run, Traced, keep_traces, traced_messages
 from agd_vllm.records import RowRefused
 
@@ -60,10 +62,14 @@ def raw_prompt(prompt: str) -> Rendered:
 
 
 class ChatTemplate:
-    """The chat template that comes with a tokenizer; rows never bring one."""
+    """The chat template that comes with a tokenizer; rows never bring one.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+    `date` (local time) is what it writes as today's; None: the clock's, as in Transformers.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, date: datetime | None = None):
         self._tokenizer = tokenizer
+        self._date = {} if date is None else date_variables(tokenizer.chat_template, date)
         self._control_tokens = [token.content for token in control_tokens(tokenizer).values()]
         # Arguments of the renderer, and names of special tokens: no variables for a user to set.
         self._reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"documents"}
@@ -102,7 +108,7 @@ class ChatTemplate:
             tokenize=False,
             add_generation_prompt=not continued,
             continue_final_message=continued,
-            **kwargs,
+            **(self._date | kwargs),
         )
 
     def _locate(

@@ -40,6 +40,8 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
+    """The figures of one run in a report."""
+
     cards: list[Card]
     histogram: list[Bar]
     parameters: list[tuple[str, str]]
@@ -92,8 +94,9 @@ def _parameters(ran: dict[str, Any]) -> list[tuple[str, str]]:
     shown = [(name, _plain(value)) for name, value in ran.items() if name not in _MEASURED]
     if "tau" in ran and ran["tau"] is None:
         shown.append(("tau", "infinite"))
-    for name in ("faults", "versions"):
-        shown.append((name, ", ".join(f"{key} {value}" for key, value in ran[name].items())))
+    shown += [
+        (name, ", ".join(f"{key} {value}" for key, value in ran[name].items())) for name in ("faults", "versions")
+    ]
     return [(name, value) for name, value in shown if value]
 
 

@@ -122,6 +122,9 @@ function mapElement(side, context, values, end, title) {
 
 function missingElement(which) {
   const run = report.runs[which];
+  if (run.command === null) {
+    return element("p", { className: "remark missing" }, "No heat map: attribution explains the logits of the model itself, which did not choose this run's tokens.");
+  }
   const why = run.maps ? "No heat map of this step is in the page. More steps of each row get one by a larger --max-steps in" : "No heat map: this run's relevance has not been computed. First run";
   return element("p", { className: "remark missing" }, `${why} `, element("code", {}, run.command), ", then write this report again.");
 }

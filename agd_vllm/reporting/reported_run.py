@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agd_vllm.output.run_reader import RunReader
+from agd_vllm.pipeline.explicable import is_explicable
 from agd_vllm.records import DecodedRow
 from agd_vllm.reporting.figures import Figures
 from agd_vllm.reporting.texts import TokenTexts
@@ -41,5 +42,8 @@ class ReportedRun:
             parts.append(f"strength {ran.get('steering_strength', 1.0):g}")
         return " · ".join(filter(None, parts))
 
-    def attribute_command(self) -> str:
+    def attribute_command(self) -> str | None:
+        """What makes heat maps; None where nothing does."""
+        if not is_explicable(self.reader.parameters()):
+            return None
         return f"agd-vllm attribute --run {shlex.quote(self.reader.directory)} --max-steps 16"

@@ -7,6 +7,7 @@ import logging
 import os
 from typing import Any
 
+from agd_vllm.models.architectures import STEER
 from agd_vllm.models.class_overrides import class_override
 from agd_vllm.models.inspect import ModelInfo
 from agd_vllm.output.identity import same_model
@@ -17,10 +18,6 @@ log = logging.getLogger("agd_vllm")
 
 # vLLM's engine argument for what its worker can be told.
 EXTENSION = "worker_extension_cls"
-CLASSES = {
-    name: f"agd_vllm.steering.models:Steered{name}"
-    for name in ("Gemma3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-}
 
 
 def engine_args(model: ModelInfo, file: str, norm: bool, given: dict[str, Any]) -> dict[str, Any]:
@@ -32,7 +29,7 @@ def engine_args(model: ModelInfo, file: str, norm: bool, given: dict[str, Any]) 
     """
     if given.get(EXTENSION):
         raise ValueError(f"--engine-arg {EXTENSION}: strategy steer has its own; leave it out")
-    config, overrides = class_override(model, CLASSES, given, "steer", "that steers")
+    config, overrides = class_override(model, STEER, given, "that steers")
     vectors = read_vectors(file)
     check_vectors(file, vectors, model, config.hidden_size)
     settings = {"file": absolute(file), "digest": vectors.digest, "norm": norm}

@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
-from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.model_executor.models.mistral import MistralForCausalLM
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
+from agd_vllm.models.architectures import STEER
+from agd_vllm.models.class_overrides import vllm_classes
 from agd_vllm.steering.arguments import CONFIG
 from agd_vllm.steering.rule import steered
 from agd_vllm.steering.vector_file import read_vectors
@@ -51,21 +48,4 @@ def _steer(layer: nn.Module, offset: torch.Tensor, norm: bool) -> None:
     layer.register_forward_hook(hook)
 
 
-class SteeredGemma3ForCausalLM(Steered, Gemma3ForCausalLM):
-    pass
-
-
-class SteeredLlamaForCausalLM(Steered, LlamaForCausalLM):
-    pass
-
-
-class SteeredMistralForCausalLM(Steered, MistralForCausalLM):
-    pass
-
-
-class SteeredQwen2ForCausalLM(Steered, Qwen2ForCausalLM):
-    pass
-
-
-class SteeredQwen3ForCausalLM(Steered, Qwen3ForCausalLM):
-    pass
+globals().update(vllm_classes(STEER, Steered, __name__))

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from transformers import PreTrainedTokenizerFast
 
@@ -37,7 +38,9 @@ def read_pairs(
     Raises ValueError, in one line, for a row that is none, and InputUnusable for an input that cannot be read.
     """
     check_inputs(inputs)
-    preparer = Preparer(tokenizer, default_roi=None, guided=False, max_tokens=1, max_model_len=max_model_len)
+    preparer = Preparer(
+        tokenizer, default_roi=None, guided=False, max_tokens=1, max_model_len=max_model_len, date=datetime.now()
+    )
     pairs = []
     for row in itertools.islice(read_rows(inputs), limit):
         place = f"row {row.id!r} (line {row.line} of {row.file})"

@@ -52,6 +52,10 @@ class Gated(Strategy):
         yield 0 <= self.min_prob <= 1, f"min_prob {self.min_prob}: must lie between 0 and 1"
 
     @property
+    def heads(self) -> str | None:
+        return self.roi_heads
+
+    @property
     def gate(self) -> GateSettings:
         return GateSettings(self.tau, self.top_k, self.min_prob)
 

@@ -17,7 +17,10 @@ class Greedily(Penalized):
     """The most probable token, be it of another model or after another prompt."""
 
     regions = False
-    pauses = False
+
+    @property
+    def pauses(self) -> bool:
+        return False
 
     async def decode(self, decoding: RowDecoding) -> str:
         return await decode_greedily(decoding, self.repetition_penalty)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -33,7 +32,9 @@ class RowDecoding:
 
     async def in_sessions(self, run: Callable[[], Awaitable[str]]) -> str:
         """Awaits `run`, which opens the row's session and decodes to its end, again after each stall."""
-        for attempt in itertools.count(1):
+        attempt = 0
+        while True:
+            attempt += 1
             try:
                 return await run()
             except SessionStalled:
@@ -43,7 +44,9 @@ class RowDecoding:
 
     async def with_all_reports(self, run: Callable[[], Awaitable[str]]) -> str:
         """Awaits `run`, which decodes the row to its end, again from the prompt where reports of it were lost."""
-        for attempt in itertools.count(1):
+        attempt = 0
+        while True:
+            attempt += 1
             try:
                 return await run()
             except ReportsLost as lost:

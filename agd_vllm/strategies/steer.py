@@ -41,21 +41,26 @@ class Steer(Greedily):
             "steering is missing; name a file of vectors for strategy steer (`agd-vllm vectors` makes one)",
         )
 
+    @property
+    def file(self) -> str:
+        """The file of vectors, which `checks` requires."""
+        return self.steering or ""
+
     def identity(self) -> dict[str, Any]:
         from agd_vllm.input.fingerprint import fingerprint
 
         # Files may change under their names.
-        return {**super().identity(), "steering": fingerprint(self.steering)}
+        return {**super().identity(), "steering": fingerprint(self.file)}
 
     def described(self) -> dict[str, Any]:
         from agd_vllm.steering.vector_file import read_vectors
 
-        return {"steering_layers": [*read_vectors(self.steering).layers]}
+        return {"steering_layers": [*read_vectors(self.file).layers]}
 
     def engine_args(self, model: ModelInfo, dtype: str, given: dict[str, Any]) -> dict[str, Any]:
         from agd_vllm.steering.arguments import engine_args
 
-        return engine_args(model, self.steering, self.steering_norm, given)
+        return engine_args(model, self.file, self.steering_norm, given)
 
     @property
     def strength(self) -> float | None:

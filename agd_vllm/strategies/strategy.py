@@ -33,19 +33,12 @@ class Strategy(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]  # one line of --help
-    # What the run needs: the rows' regions, a special token to pause with.
+    # Whether the run needs the rows' regions.
     regions: ClassVar[bool] = True
-    pauses: ClassVar[bool] = True
     # Whether it chooses by the logits of the model itself, which are what attribution of a run explains.
     by_own_logits: ClassVar[bool] = True
     # Whether prompts repeat the region.
     emphasized: ClassVar[bool] = False
-    # What the line about where a run computes says of it.
-    layout: ClassVar[str] = ""
-    # Whether its rows are plain requests of an engine that attributes by itself.
-    inline: ClassVar[bool] = False
-    # A file of attention heads, the region of every row.
-    roi_heads: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -76,6 +69,26 @@ class Strategy(ABC):
     def attribution(self, dtype: str, max_model_len: int | None) -> AttributionSettings | None:
         """What attribution workers are started with; None where it has none."""
         return None
+
+    @property
+    def pauses(self) -> bool:
+        """Whether rows pause at gated steps, for which the tokenizer must have a spare special token."""
+        return True
+
+    @property
+    def inline(self) -> bool:
+        """Whether its rows are plain requests of an engine that attributes by itself."""
+        return False
+
+    @property
+    def heads(self) -> str | None:
+        """A file of attention heads, the region of every row."""
+        return None
+
+    @property
+    def layout(self) -> str:
+        """What the line about where a run computes says of it."""
+        return ""
 
     @property
     def processors(self) -> tuple[str, ...]:

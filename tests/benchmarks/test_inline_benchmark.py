@@ -1,41 +1,15 @@
-"""`python -m benchmarks.inline` on a CPU, with a tiny shape."""
+"""`python -m benchmarks.inline` without engines; with them, in test_on_gpu_benchmark.py."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import CHECKOUT, DEMO_ROWS
+from conftest import DEMO_ROWS
 
 from benchmarks import inline, machine, plain, random_model
 
 POINTS = ["--rows", "3", "--new", "8", "--prompt", "0", "--rows", "2", "--new", "4", "--prompt", "30"]
-
-
-@pytest.mark.long
-def test_greedy_inline_and_the_pool_are_measured_on_the_same_rows(smollm2, tmp_path):
-    """More rows than there are in the file."""
-    output = tmp_path / "out.json"
-    command = [sys.executable, "-m", "benchmarks.inline", "--model", str(smollm2), "--input", str(DEMO_ROWS)]
-    command += ["--shape", "tiny", "--runs", "1", "--eager", "--pool", "--json", str(output)]
-    command += ["--rows", "30", "--new", "8", "--prompt", "0", "--continuous", "12,5"]
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=580)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(output.read_text())
-    assert (result["model"], result["own_process"]) == ("tiny", False)
-    point, continuous = result["points"]
-    assert (point["rows"], point["new"], point["prompt"]) == (30, 8, 0)
-    assert (point["side_by_side"], point["lengths"]) == (30, [8, 8])
-    for name in ("", "_decoding", "_prompts"):
-        ratio = point[f"inline{name}"] / point[f"greedy{name}"]
-        assert point[f"ratio{name}"] == pytest.approx(ratio) and ratio > 0
-    assert 0 < point["guided_share"] < 1 and point["pool"] > 0
-    assert (continuous["rows"], continuous["side_by_side"], continuous["lengths"]) == (12, 5, [8, 32])
-    assert continuous["ratio"] == pytest.approx(continuous["inline"] / continuous["greedy"])
-    assert 0 < continuous["guided_share"] < 1
-    assert {continuous[name] for name in ("new", "ratio_decoding", "ratio_prompts", "pool")} == {None}
 
 
 class Engine:

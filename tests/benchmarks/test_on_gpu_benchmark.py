@@ -141,7 +141,23 @@ def test_on_a_cpu_the_whole_runs_with_a_tiny_shape(smollm2, tmp_path):
     assert results["smoke"]["versions"]["vllm"]
     assert all("skipped" in line for (line,) in results["kernel-tests"])
     assert (results["pool"]["decoded"], results["pool"]["output_tokens"]) == (4, 4 * 8)
-    assert [point["side_by_side"] for point in results["inline"]["points"]] == [4, 2]
+    check_inline(results["inline"])
     assert [point["steps"] for point in results["workers"]["points"]] == [1, 2]
     assert results["throughput"]["tokens_per_second"].keys() == {"greedy", "agd"}
     assert {results[name]["model"] for name in ("pool", "inline", "workers", "throughput")} == {"tiny"}
+
+
+def check_inline(result) -> None:
+    """Greedy, inline and the pool are measured on the same rows."""
+    assert result["own_process"] is False
+    point, continuous = result["points"]
+    assert (point["rows"], point["new"], point["prompt"]) == (30, 8, 0)
+    assert (point["side_by_side"], point["lengths"]) == (30, [8, 8])
+    for name in ("", "_decoding", "_prompts"):
+        ratio = point[f"inline{name}"] / point[f"greedy{name}"]
+        assert point[f"ratio{name}"] == pytest.approx(ratio) and ratio > 0
+    assert 0 < point["guided_share"] < 1 and point["pool"] > 0
+    assert (continuous["rows"], continuous["side_by_side"], continuous["lengths"]) == (12, 5, [8, 32])
+    assert continuous["ratio"] == pytest.approx(continuous["inline"] / continuous["greedy"])
+    assert 0 < continuous["guided_share"] < 1
+    assert {continuous[name] for name in ("new", "ratio_decoding", "ratio_prompts", "pool")} == {None}

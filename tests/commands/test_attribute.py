@@ -14,7 +14,7 @@ from command_line import fails, run
 from conftest import CHECKOUT, DEMO_ROWS
 from made_runs import made_row, write_run
 
-from agd_vllm.attribution.worker import WorkerInfo, WorkerRelevance
+from agd_vllm.attribution.worker import AttributionSettings, WorkerInfo, WorkerRelevance
 from agd_vllm.output.relevance_writer import RelevanceWriter, TokenRelevance
 from agd_vllm.output.run_reader import RunReader
 from agd_vllm.output.storage import OutputFailed
@@ -253,7 +253,7 @@ def test_a_row_that_kills_its_worker_costs_no_other_row(tmp_path, monkeypatch):
 
     monkeypatch.setattr(placement, "make_worker", make)
     tasks = [Task(str(first), [first, 1], [2, 3], [(0, 2), (1, 9)]) for first in (13, 7, 5, 4, 3)]
-    with RelevanceFleet(None, "attnlrp", "float32", 1, False) as fleet:
+    with RelevanceFleet(None, AttributionSettings("lxt", "attnlrp", "float32"), 1, False) as fleet:
         ended = {done.task.id: done for done in fleet.attribute(iter(tasks)) if done is not None}
     assert set(ended) == {"13", "7", "5", "4", "3"}
     faults = {id: done.fault[0] for id, done in ended.items() if done.fault}
@@ -264,9 +264,9 @@ def test_a_row_that_kills_its_worker_costs_no_other_row(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def decoded_run(job_run, tmp_path):
+def decoded_run(guided_run, tmp_path):
     """A real run: six rows of 24 tokens, float32."""
-    return shutil.copytree(job_run.output, tmp_path / "run")
+    return shutil.copytree(guided_run.output, tmp_path / "run")
 
 
 def test_relevance_adds_up_to_the_scores_that_guided_a_real_run(decoded_run):

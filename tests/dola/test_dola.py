@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from command_line import fails
-from conftest import CHECKOUT, DEMO_ROWS, RUNNER_V2, plain_vllm
+from conftest import CHECKOUT, DEMO_ROWS, RUNNER_V2, plain_job, run_plain_jobs
 from dola_recorded import RECORDED, model
 from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
 
@@ -19,12 +19,11 @@ from agd_vllm.models.inspect import ModelInfo
 GENERATIONS = RECORDED["generations"]
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(number, marks=[pytest.mark.long] if number else []) for number in range(len(GENERATIONS))]
-)
-def test_vllm_generates_what_was_recorded(tmp_path, number):
-    entry = GENERATIONS[number]
-    assert_generated(tmp_path, entry)
+def test_vllm_generates_what_was_recorded(tmp_path):
+    """All models one after another in one process; the engine in processes of its own: the command below."""
+    jobs = [job(tmp_path / f"{number}", entry) for number, entry in enumerate(GENERATIONS)]
+    for entry, decoded in zip(GENERATIONS, run_plain_jobs(jobs, tmp_path / "out.json"), strict=True):
+        assert [row["token_ids"] for row in decoded] == [row["tokens"] for row in entry["rows"]]
 
 
 @pytest.mark.long
@@ -32,23 +31,24 @@ def test_model_runner_v2_generates_what_was_recorded(tmp_path, monkeypatch):
     """That of GPUs, its kernels interpreted; prompts in chunks."""
     for name, value in RUNNER_V2.items():
         monkeypatch.setenv(name, value)
-    assert_generated(tmp_path, GENERATIONS[0], max_num_seqs=8, max_num_batched_tokens=16)
+    asked = job(tmp_path / "model", GENERATIONS[0], max_num_seqs=8, max_num_batched_tokens=16)
+    (decoded,) = run_plain_jobs([asked], tmp_path / "out.json")
+    assert [row["token_ids"] for row in decoded] == [row["tokens"] for row in GENERATIONS[0]["rows"]]
 
 
-def assert_generated(tmp_path, entry, **engine_arguments):
-    folder = tmp_path / "model"
+def job(folder, entry, **engine_arguments):
+    """What decodes an entry's rows on its model, which is written to `folder`."""
     model(entry).save_pretrained(folder)
     layers = entry["dola_layers"]
     named = layers if isinstance(layers, str) else "+".join(map(str, layers))
     info = ModelInfo(str(folder), None, False, frozenset(), None, 128, 512, 8, 2)
     args = engine_args(info, named, 0.1, {}) | {"skip_tokenizer_init": True, "max_model_len": 128}
-    args |= engine_arguments
     rows = [(row["prompt"], {"max_tokens": len(row["tokens"]), "detokenize": False}) for row in entry["rows"]]
-    decoded = plain_vllm(folder, rows, tmp_path / "out.json", **args)
-    assert [row["token_ids"] for row in decoded] == [row["tokens"] for row in entry["rows"]]
+    return plain_job(folder, rows, **args | engine_arguments)
 
 
-@pytest.mark.parametrize("penalty", [1.2, pytest.param(1.0, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("penalty", [1.2, 1.0])
 def test_the_command_decodes_as_a_literal_loop_does(smollm2, tmp_path, penalty):
     """Prompts in chunks, the rows side by side, against one row at a time."""
     layers, relative_top, new = "4,10,20", 0.2, 24

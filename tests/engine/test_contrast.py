@@ -1,15 +1,10 @@
 """The contrast's logits processor in orders of scheduling that no engine can be made to take at will."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CHECKOUT, DEMO_ROWS, RUNNER_V2
 from transformers import RepetitionPenaltyLogitsProcessor
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate
@@ -254,19 +249,3 @@ def test_parameters_are_checked_before_they_reach_the_engine(name, value):
     params = ContrastParams(1, 0, True, 5, 0, PAUSE, ALPHA).as_extra_args()[EXTRA_ARG] | {name: value}
     with pytest.raises(ValueError, match=name):
         ContrastProcessor.validate_params(SamplingParams(temperature=0, extra_args={EXTRA_ARG: params}))
-
-
-@pytest.mark.long
-def test_the_runner_of_gpus_decodes_as_the_other_does(smollm2, tmp_path):
-    """Model Runner V2, its kernels interpreted: the command line's answers, prompts in chunks."""
-    answers = []
-    for name, runner in (("v1", {}), ("v2", RUNNER_V2)):
-        command = [sys.executable, "-m", "agd_vllm", "decode", str(DEMO_ROWS), "--output", str(tmp_path / name)]
-        command += ["--model", str(smollm2), "--dtype", "float32", "--max-model-len", "512", "--limit", "2"]
-        command += ["--strategy", "cad", "--max-tokens", "8"]
-        for arg in ("enforce_eager=true", "kv_cache_memory_bytes=268435456", "max_num_batched_tokens=64"):
-            command += ["--engine-arg", arg]
-        subprocess.run(command, cwd=CHECKOUT, env=os.environ | runner, check=True, timeout=280)
-        rows = pq.read_table(tmp_path / name / "results").to_pylist()
-        answers.append({row["id"]: row["token_ids"] for row in rows})
-    assert answers[0] == answers[1] and len(answers[0]) == 2

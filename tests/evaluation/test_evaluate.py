@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ import pytest
 import torch
 from command_line import fails, run
 from conftest import CHECKOUT
+from real_runs import engine_options
 from transformers import AutoModelForCausalLM
 
 from agd_vllm.evaluation import evaluate as evaluation
@@ -40,11 +42,14 @@ ROWS = [
 ]
 
 
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 @pytest.fixture
 def data(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return str(path)
+    return write_rows(tmp_path / "data.jsonl", ROWS)
 
 
 def perplexity(model, results):
@@ -58,22 +63,52 @@ def perplexity(model, results):
     return math.exp(sum(losses) / len(losses))
 
 
-@pytest.mark.long
-def test_two_strategies_on_the_same_rows(capsys, tmp_path, smollm2, data):
-    output = tmp_path / "out"
-    arguments = ["evaluate", "--suite", "jsonl", "--data", data, "--model", str(smollm2), "--output", str(output)]
-    arguments += ["--strategies", "greedy,agd:tau=0.3", "--limit", "4", "--max-tokens", "24", "--dtype", "float32"]
-    arguments += ["--max-model-len", "512", "--engine-arg", "enforce_eager=true"]
+@dataclass(frozen=True)
+class Evaluated:
+    """One evaluation of all `strategies`, of which some can share an engine."""
+
+    arguments: list[str]
+    strategies: list[str]
+    vectors: Path
+    output: Path
+    done: subprocess.CompletedProcess
+
+    def folder(self, strategy: str) -> Path:
+        return self.output / re.sub("[^A-Za-z0-9]", "-", strategy)
+
+
+@pytest.fixture(scope="module")
+def evaluated(smollm2, tmp_path_factory) -> Evaluated:
+    folder = tmp_path_factory.mktemp("evaluated")
+    # A cached prefix is whole blocks: those that are steered otherwise would be found again.
+    data = write_rows(folder / "data.jsonl", ROWS)
+    Path(data).write_text(Path(data).read_text().replace(SYSTEM, f"{SYSTEM} {SYSTEM}"))
+    vectors = folder / "v.safetensors"
+    drawn = 4 * torch.randn(576, generator=torch.Generator().manual_seed(0))
+    write_vectors(str(vectors), SteeringVectors({15: drawn}, "caa", str(smollm2)))
+    steers = [f"steer:steering={vectors}:steering-strength={strength}" for strength in (2, -2, 0)]
+    strategies = ["greedy", steers[0], "emphasize:repetition-penalty=1.3", *steers[1:], "agd:tau=0.3"]
+    arguments = ["--model", str(smollm2), "--dtype", "float32", "--limit", "4", "--max-tokens", "24"]
+    arguments = ["--data", data, *arguments, *engine_options(max_model_len=512, block_size=32)]
+    arguments = ["evaluate", "--suite", "jsonl", *arguments, "--output", str(folder / "out")]
+    arguments += ["--strategies", ",".join(strategies)]
     command = [sys.executable, "-m", "agd_vllm", *arguments]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    assert "nothing left to decode" not in done.stderr
+    return Evaluated(arguments, strategies, vectors, folder / "out", done)
+
+
+@pytest.mark.long
+def test_the_table_is_of_what_was_decoded(capsys, smollm2, evaluated):
+    output, arguments = evaluated.output, evaluated.arguments
+    assert "nothing left to decode" not in evaluated.done.stderr
     table = (output / "table.md").read_text()
-    assert table.strip() in done.stdout
-    greedy, agd = json.loads((output / "table.json").read_text())
+    assert table.strip() in evaluated.done.stdout
+    greedy, *_, agd = json.loads((output / "table.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    for record, folder in ((greedy, "greedy"), (agd, "agd-tau-0-3")):
-        results = pq.read_table(output / folder / "results").to_pylist()
+    for record, strategy in ((greedy, "greedy"), (agd, "agd:tau=0.3")):
+        folder = evaluated.folder(strategy)
+        results = pq.read_table(folder / "results").to_pylist()
         assert {row["id"] for row in results} == {f"row-{number}" for number in range(4)}
         texts = {row["id"]: row["text"] for row in results}
         kept = ["," not in texts[id] for id in ("row-0", "row-1")]
@@ -84,7 +119,7 @@ def test_two_strategies_on_the_same_rows(capsys, tmp_path, smollm2, data):
         assert record["prompt_accuracy"] == sum(rows) / 4
         assert record["instruction_accuracy"] == pytest.approx(sum(kept + long + right) / 6)
         assert record["perplexity"] == pytest.approx(perplexity(model, results), rel=1e-3)
-        summary = json.loads((output / folder / "summary.json").read_text())
+        summary = json.loads((folder / "summary.json").read_text())
         assert record["guided_share"] == pytest.approx(summary["guided_steps"] / summary["output_tokens"])
         assert record["tokens_per_second"] == pytest.approx(summary["tokens_per_second"])
     assert greedy["guided_share"] == 0 < agd["guided_share"]
@@ -93,42 +128,31 @@ def test_two_strategies_on_the_same_rows(capsys, tmp_path, smollm2, data):
     assert agd["ci_low"] <= agd["difference"] <= agd["ci_high"]
 
     # The same command again decodes nothing and says the same; a smaller limit looks at fewer rows.
+    count = len(evaluated.strategies)
     status, _, err = run(capsys, *arguments)
-    assert (status, err.count("nothing left to decode")) == (0, 2)
+    assert (status, err.count("nothing left to decode")) == (0, count)
     assert (output / "table.md").read_text() == table
     assert run(capsys, *arguments, "--limit", "2")[0] == 0
-    assert [record["rows"] for record in json.loads((output / "table.json").read_text())] == [2, 2]
+    assert [record["rows"] for record in json.loads((output / "table.json").read_text())] == [2] * count
 
 
 @pytest.mark.long
-def test_strategies_that_can_share_an_engine_load_it_once_and_decode_the_same(tmp_path, smollm2, data):
+def test_strategies_that_can_share_an_engine_load_it_once_and_decode_the_same(tmp_path, evaluated):
     """Whatever stands between them, and against one that has an engine of its own."""
-    common = ["--model", str(smollm2), "--dtype", "float32", "--max-model-len", "512", "--max-tokens", "12"]
-    common += ["--engine-arg", "enforce_eager=true", "--engine-arg", "kv_cache_memory_bytes=268435456"]
-    # A cached prefix is whole blocks: those that are steered otherwise would be found again.
-    common += ["--engine-arg", "block_size=32"]
-    (tmp_path / "data.jsonl").write_text(Path(data).read_text().replace(SYSTEM, f"{SYSTEM} {SYSTEM}"))
-    output, alone = tmp_path / "out", tmp_path / "alone"
-    vectors = tmp_path / "v.safetensors"
-    drawn = 4 * torch.randn(576, generator=torch.Generator().manual_seed(0))
-    write_vectors(str(vectors), SteeringVectors({15: drawn}, "caa", str(smollm2)))
-    steers = [f"steer:steering={vectors}:steering-strength={strength}" for strength in (2, -2, 0)]
-    strategies = ",".join(["greedy", steers[0], "emphasize:repetition-penalty=1.3", *steers[1:]])
-    command = [sys.executable, "-m", "agd_vllm"]
-    shared = ["evaluate", "--suite", "jsonl", "--data", data, "--output", str(output), "--strategies", strategies]
-    subprocess.run([*command, *shared, *common], cwd=CHECKOUT, check=True, timeout=400)
+    suite, output = evaluated.arguments.index("--data"), evaluated.arguments.index("--output")
+    _, data, *common = evaluated.arguments[suite:output]
     for name, strategy in (
         ("emphasize", ["--repetition-penalty", "1.3"]),
-        ("steer", ["--steering", str(vectors), "--steering-strength", "-2"]),
+        ("steer", ["--steering", str(evaluated.vectors), "--steering-strength", "-2"]),
     ):
-        own = ["decode", data, "--output", str(alone / name), "--strategy", name, *strategy]
-        subprocess.run([*command, *own, *common], cwd=CHECKOUT, check=True, timeout=300)
-    folders = [output / re.sub("[^A-Za-z0-9]", "-", strategy) for strategy in strategies.split(",")]
+        own = ["decode", data, "--output", str(tmp_path / name), "--strategy", name, *strategy, *common]
+        subprocess.run([sys.executable, "-m", "agd_vllm", *own], cwd=CHECKOUT, check=True, timeout=300)
+    folders = [evaluated.folder(strategy) for strategy in evaluated.strategies]
     loading = [json.loads((folder / "summary.json").read_text())["load_seconds"] for folder in folders]
-    assert max(loading[2:]) < 3 < min(loading[:2])
-    greedy, strong, emphasized, negative, nothing = map(tokens, folders)
-    assert emphasized == tokens(alone / "emphasize") and len(emphasized) == 5
-    assert negative == tokens(alone / "steer")
+    assert max(loading[2:-1]) < 3 < min(*loading[:2], loading[-1])
+    greedy, strong, emphasized, negative, nothing, _ = map(tokens, folders)
+    assert emphasized == tokens(tmp_path / "emphasize") and len(emphasized) == 4
+    assert negative == tokens(tmp_path / "steer")
     assert nothing == greedy
     assert all(one != other for one, other in itertools.combinations((greedy, strong, emphasized, negative), 2))
 
@@ -166,7 +190,7 @@ def test_differences_are_to_plain_greedy_or_to_the_first_strategy(
     monkeypatch.setattr(evaluation, "run_dataset", lambda *_: 0)
     monkeypatch.setattr(evaluation, "read_outcomes", outcomes)
     monkeypatch.setattr(evaluation.RunReader, "parameters", lambda _: {"tokens_per_second": 1.0})
-    monkeypatch.setattr(evaluation, "_perplexities", lambda *_: (dict.fromkeys(right, 1.0), "float32"))
+    monkeypatch.setattr(evaluation, "perplexities", lambda *_: (dict.fromkeys(right, 1.0), "perplexity"))
     arguments = ["evaluate", "--suite", "jsonl", "--data", data, "--model", str(smollm2)]
     arguments += ["--strategies", ",".join(strategies), "--output", str(tmp_path / "out")]
     assert run(capsys, *arguments)[0] == 0

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CHECKOUT
+from conftest import CHECKOUT, ENGINE_ARGS
 from lm_eval.api.instance import Instance
 
 from agd_vllm.cli import main
@@ -34,9 +34,10 @@ ROWS = [{"country": "France", "city": "Paris"}, {"country": "Italy", "city": "Ro
 def command_line(tmp_path, smollm2, output_type="generate_until"):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "capitals.yaml").write_text(TASK.format(data=tmp_path / "rows.jsonl", output_type=output_type))
+    engine_args = {name: value for name, value in ENGINE_ARGS.items() if name != "max_model_len"}
     settings = {"pretrained": str(smollm2), "tau": 0.5, "max_model_len": 512, "dtype": "float32"}
     arguments = ["run", "--model", "agd-vllm", "--tasks", "capitals", "--apply_chat_template"]
-    arguments += ["--model_args", json.dumps(settings | {"engine_args": {"enforce_eager": True}})]
+    arguments += ["--model_args", json.dumps(settings | {"engine_args": engine_args})]
     return [*arguments, "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--log_samples"]
 
 
@@ -127,7 +128,7 @@ def row(model, context, **settings):
 
 
 def test_requests_become_rows(model):
-    assert model._options.tau == 0.5
+    assert model._options.strategy.tau == 0.5
     system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}
     chat = row(model, model.apply_chat_template([system, user]), until="\n\n", max_gen_toks=7, temperature=0)
     assert chat == {
@@ -239,7 +240,7 @@ def test_a_repetition_penalty_is_the_requests_own_else_the_models(monkeypatch, s
     class Penalties(_Decodes):
         def _outcomes(self, items):
             for decoded in super()._outcomes(items):
-                penalties[decoded.text] = self.decoder.options.repetition_penalty
+                penalties[decoded.text] = self.decoder.options.strategy.repetition_penalty
                 yield decoded
 
     engines = Penalties(monkeypatch)

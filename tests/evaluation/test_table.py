@@ -114,7 +114,7 @@ def test_a_rule_without_its_data_is_left_out_of_every_strategy(outcomes, monkeyp
             "c": ["qa:contains_answer"],
         }
     agd = record("agd", scores.rows, "agd", outcomes["agd"], RUN)
-    said = notes(EvaluationSettings("ifeval", None, "out"), scores, "float32", agd)
+    said = notes(EvaluationSettings("ifeval", None, "out"), scores, "perplexity", agd)
     assert any("NLTK's commas; 1 of the 3 rows have no other rule and are not scored" in line for line in said)
 
 

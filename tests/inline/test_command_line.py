@@ -1,4 +1,6 @@
-"""`--scorer inline` as users run it: the command line, a script of their own, a machine without a compiler, kills."""
+"""`--scorer inline` as users run it: the command line, a script of their own, a machine without a compiler.
+
+Kills: pipeline/test_chaos.py."""
 
 import json
 import os
@@ -8,8 +10,7 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
-from chaos import undisturbed, unleash
-from conftest import CHECKOUT, DEMO_ROWS, RUNNER_V2
+from conftest import CHECKOUT, DEMO_ROWS, RUNNER_V2, python_path
 
 # A region of its own for the same prompt, last: cached blocks of the one must not serve the other.
 ROLES = ("system", "user")
@@ -69,7 +70,7 @@ def test_a_script_of_ones_own_gives_the_command_lines_tokens_and_steps(inline, s
     asked = conversations(count)
     job = {"model": str(smollm2), "rows": asked, "output": str(tmp_path / "tokens.json")}
     command = [sys.executable, str(CHECKOUT / "tests/inline/script.py")]
-    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": str(CHECKOUT)} | runner
+    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": python_path(CHECKOUT)} | runner
     done = subprocess.run(command, input=json.dumps(job), env=environment, text=True, capture_output=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     answers = json.loads((tmp_path / "tokens.json").read_text())
@@ -89,15 +90,17 @@ def test_a_script_of_ones_own_gives_the_command_lines_tokens_and_steps(inline, s
 def test_the_script_of_the_documentation_runs_as_it_stands(smollm2, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", (CHECKOUT / "docs/inline.md").read_text(), re.DOTALL)
     (tmp_path / "script.py").write_text(code.replace("path/or/hub-id", str(smollm2)))
-    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": str(CHECKOUT)}
+    # It takes half of the memory, which other tests use at the same time: vLLM's own variable gives it one GiB.
+    environment = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": python_path(CHECKOUT), "VLLM_CPU_KVCACHE_SPACE": "1"}
     command = [sys.executable, str(tmp_path / "script.py")]
-    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
+    done = subprocess.run(command, env=os.environ | environment, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     *_, last = done.stdout.splitlines()
     # A guided step: its number and entropy, candidates, scores, the chosen token.
     assert re.fullmatch(r"\d+ \S+ \[.*\] \[.*\] \d+", last), done.stdout
 
 
+@pytest.mark.long
 def test_with_the_model_runner_of_gpus_it_decodes_the_same(inline, smollm2, tmp_path):
     """Model Runner V2, its kernels interpreted, the engine in processes of its own, scheduling asynchronous."""
     folder, _ = inline
@@ -158,13 +161,3 @@ def test_the_demo_is_that_of_the_workers(smollm2, tmp_path):
             assert our_steps[key][name] == step[name]
         largest = max(map(abs, step["scores"]))
         assert our_steps[key]["scores"] == pytest.approx(step["scores"], abs=1e-4 * largest)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(900)
-def test_a_run_survives_the_death_of_each_part(smollm2, tmp_path):
-    """Against an undisturbed run with workers; `make chaos SCORER=inline` has thirty kills."""
-    calm = undisturbed(smollm2, tmp_path, rows=30)
-    result = unleash(smollm2, tmp_path, ["driver", "actor", "actor"], rows=30, seed=0, calm=calm, scorer="inline")
-    assert not result["kills_left"]
-    assert result["faults"]["engine_restarts"] >= 2

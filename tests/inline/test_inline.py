@@ -25,6 +25,8 @@ PENALTY, PENALTY_TAU = 1.3, 1.0
 # Seconds that reports are late; rows side by side then, and tokens of most of them.
 DELAYS = (0.002, 0.2)
 SIDE_BY_SIDE, SHORT = 64, 4
+# Room for all rows' tangents; the default is an eighth of the memory.
+CACHE_BYTES = 1 << 28
 # A cache of some hundred tokens and prompts in chunks: rows are preempted and computed again.
 TIGHT = {"max_num_batched_tokens": 64, "block_size": 32, "num_gpu_blocks_override": 17, "kv_cache_memory_bytes": None}
 
@@ -33,7 +35,7 @@ class InProcess:
     """The forward scorer in the pool's place."""
 
     def __init__(self, model: Path):
-        self._scorer = ForwardScorer(str(model))
+        self._scorer = ForwardScorer(str(model), cache_bytes=CACHE_BYTES)
 
     async def score(self, sequence, token_ids, roi, gate):
         await asyncio.sleep(0)
@@ -157,7 +159,7 @@ def to_penalize(groups) -> list[PreparedRow]:
 def penalized(smollm2, groups):
     """Token by token, on penalised logits: of Transformers' model by its own processor."""
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    penalize, scorer = RepetitionPenaltyLogitsProcessor(PENALTY), ForwardScorer(str(smollm2))
+    penalize, scorer = RepetitionPenaltyLogitsProcessor(PENALTY), ForwardScorer(str(smollm2), cache_bytes=CACHE_BYTES)
     return [literal(model, penalize, scorer, row) for row in to_penalize(groups)]
 
 

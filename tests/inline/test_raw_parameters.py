@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CHECKOUT, RUNNER_V2
+from conftest import CHECKOUT, RUNNER_V2, python_path
 
 
 @pytest.fixture(
@@ -18,7 +18,7 @@ def answers(request, tiny_models, tmp_path_factory):
     objects, environment = request.param
     output = tmp_path_factory.mktemp("raw") / "answers.json"
     job = {"model": str(tiny_models["llama"]), "objects": objects, "output": str(output)}
-    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": str(CHECKOUT)} | environment
+    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": python_path(CHECKOUT)} | environment
     command = [sys.executable, str(CHECKOUT / "tests/inline/raw_parameters.py")]
     done = subprocess.run(command, input=json.dumps(job), env=environment, text=True, capture_output=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from command_line import fails
-from conftest import CHECKOUT, RUNNER_V2
+from conftest import CHECKOUT, RUNNER_V2, python_path
 
 from agd_vllm import Decoder
 from agd_vllm.engine.engine import Engine
@@ -178,7 +178,7 @@ if __name__ == "__main__":
 def test_somebodys_own_engine_ends_before_weights_load(smollm2, tmp_path, given, line):
     (tmp_path / "script.py").write_text(REFUSED.format(model=str(smollm2), given=given))
     # A list of cores for each rank.
-    environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "VLLM_CPU_OMP_THREADS_BIND": "0|0"}
+    environment = os.environ | {"PYTHONPATH": python_path(CHECKOUT), "VLLM_CPU_OMP_THREADS_BIND": "0|0"}
     if "parallel" not in given:
         del environment["VLLM_CPU_OMP_THREADS_BIND"]
     command = [sys.executable, str(tmp_path / "script.py")]

@@ -1,4 +1,4 @@
-"""`agd-vllm decode` in float32, as a command and as a Ray job, against the paper's loop, step by step
+"""`agd-vllm decode` in float32, by both thresholds, against the paper's loop, step by step
 (tests/paper_loop.py)."""
 
 import json
@@ -21,9 +21,9 @@ TAUS = (0.0, DEFAULT_TAU)
 
 
 @pytest.fixture(scope="module")
-def runs(command_run, job_run):
+def runs(command_run, guided_run):
     """Output folders by threshold."""
-    return {0.0: job_run.output, DEFAULT_TAU: command_run.output}
+    return {0.0: guided_run.output, DEFAULT_TAU: command_run.output}
 
 
 def start_loop(model: Path, rows: list[dict], output: Path) -> tuple[subprocess.Popen, Path]:
@@ -126,9 +126,9 @@ def test_guided_steps_are_consistent(compared):
 
 
 @pytest.mark.long
-def test_the_reference_scorer_decodes_the_same(command_run, job_run, smollm2, tmp_path):
+def test_the_reference_scorer_decodes_the_same(command_run, guided_run, smollm2, tmp_path):
     """`--scorer lxt` against the default, forward mode, on some of the rows."""
-    command = [sys.executable, "-m", "agd_vllm", "decode", str(job_run.data), "--output", str(tmp_path / "lxt")]
+    command = [sys.executable, "-m", "agd_vllm", "decode", str(guided_run.data), "--output", str(tmp_path / "lxt")]
     command += ["--model", str(smollm2), "--dtype", "float32", "--scorer", "lxt", "--limit", "2", *engine_options()]
     subprocess.run(command, check=True, timeout=560, cwd=CHECKOUT)
     ours = {row["id"]: row["token_ids"] for row in pq.read_table(command_run.output / "results").to_pylist()}

@@ -13,13 +13,25 @@ from chaos import INTERRUPTED, ChaosRun, await_end, family, unleash, victims
 
 
 def test_a_run_survives_the_death_of_its_driver_and_a_worker(smollm2, command_run, tmp_path):
-    """Of an engine: test_decoder.py. Of all parts in one run, in `make long`: tests/inline/test_command_line.py."""
+    """Of an engine: test_decoder.py. Of all parts of an inline run: the next test."""
     kills = ["driver", "worker"]
     calm = command_run.output
     result = unleash(smollm2, tmp_path, kills, rows=16, seed=0, calm=calm, delay_s=0.5, to_the_last=False)
     assert not result["kills_left"]
     assert result["launches"] == 2
     assert result["faults"]["worker_restarts"] >= 1
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_an_inline_run_survives_the_death_of_each_part(smollm2, command_run, tmp_path):
+    """Against a run with a worker; `make chaos SCORER=inline` has thirty kills. Small parts: with more of them durable
+    three kills fit sixteen rows."""
+    kills, small = ["driver", "actor", "actor"], ("--part-rows", "2")
+    calm = command_run.output
+    result = unleash(smollm2, tmp_path, kills, rows=16, seed=0, calm=calm, delay_s=0.5, scorer="inline", options=small)
+    assert not result["kills_left"]
+    assert result["faults"]["engine_restarts"] >= 2
 
 
 def everybody(driver: psutil.Process, number: int) -> None:
@@ -43,6 +55,8 @@ def alone(driver: psutil.Process, number: int) -> None:
     driver.send_signal(number)
 
 
+# More than a tiny model decodes until it is told to end.
+MANY = 2000
 WAYS = [
     (everybody, signal.SIGTERM),
     (everybody, signal.SIGHUP),
@@ -60,8 +74,8 @@ def ways(short: int) -> list:
 
 
 @pytest.mark.parametrize(("tell", "number"), ways(0))
-def test_a_run_that_is_told_to_end_while_it_loads_leaves_nothing_behind(smollm2, tmp_path, tell, number):
-    run = ChaosRun(smollm2, tmp_path / "run", 5)
+def test_a_run_that_is_told_to_end_while_it_loads_leaves_nothing_behind(tiny_smollm2, tmp_path, tell, number):
+    run = ChaosRun(tiny_smollm2, tmp_path / "run", 5)
     driver = run.start()
     deadline = time.monotonic() + 120
     while not victims("actor", driver):
@@ -73,8 +87,8 @@ def test_a_run_that_is_told_to_end_while_it_loads_leaves_nothing_behind(smollm2,
 
 
 @pytest.mark.parametrize(("tell", "number"), ways(2))
-def test_a_run_that_is_told_to_end_while_it_decodes_keeps_what_it_has(smollm2, tmp_path, tell, number):
-    run = ChaosRun(smollm2, tmp_path / "run", 200)
+def test_a_run_that_is_told_to_end_while_it_decodes_keeps_what_it_has(tiny_smollm2, tmp_path, tell, number):
+    run = ChaosRun(tiny_smollm2, tmp_path / "run", MANY)
     driver = run.start()
     deadline = time.monotonic() + 180
     while not run.rows():
@@ -83,6 +97,7 @@ def test_a_run_that_is_told_to_end_while_it_decodes_keeps_what_it_has(smollm2, t
     before = run.rows()
     ends_in_order(run, driver, lambda: tell(driver, number))
     assert json.loads((run.output / "summary.json").read_text())["rows"] == run.rows() >= before
+    assert run.rows() < MANY and list(run.output.glob("steps/*.parquet"))
 
 
 def ends_in_order(run: ChaosRun, driver: psutil.Process, tell: Callable[[], None]) -> None:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from agd_vllm.pipeline.cores import split_cores
+from agd_vllm.pipeline.placement import split_cores
 
 
 @pytest.mark.parametrize(

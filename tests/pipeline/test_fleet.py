@@ -550,7 +550,7 @@ def test_two_decodes_at_a_time_are_refused(world):
     fleet = fleet_of(world, 1)
     outcomes = fleet.decode(source(rows(8)))
     next(outcomes)
-    with pytest.raises(RuntimeError, match="a decode\\(\\) is going on"):
+    with pytest.raises(RuntimeError, match="another decode\\(\\) has not ended"):
         next(fleet.decode(source(rows(8))))
     assert len([outcome for outcome in outcomes if outcome is not None]) == 8
 

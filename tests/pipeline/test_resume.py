@@ -1,7 +1,7 @@
 """Runs that were interrupted before strategies had options of their own are resumed, and what may differ then.
 
 `tests/interrupted_runs` holds one run of each strategy, killed at commit bf5e533 after its first part, on `rows.jsonl`
-and a tiny model named `tiny` (tests/tiny_demo.py).
+and a tiny model named `tiny` (tests/tiny_smollm2.py).
 """
 
 import json
@@ -39,9 +39,9 @@ LESS_MEMORY = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 26, "max_num
 
 
 @pytest.fixture
-def here(tiny_demo, tmp_path, monkeypatch) -> Path:
+def here(tiny_smollm2, tmp_path, monkeypatch) -> Path:
     """A folder with the model, the rows and the vectors of the recorded runs, in which commands are given."""
-    shutil.copytree(tiny_demo, tmp_path / "tiny")
+    shutil.copytree(tiny_smollm2, tmp_path / "tiny")
     for name in ("rows.jsonl", "vectors.safetensors"):
         shutil.copy(RECORDED / name, tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -2,12 +2,17 @@
 
 import asyncio
 import dataclasses
+import os
 import signal
+import subprocess
+import sys
 import threading
 
+import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TightEngine, prepared_demo_rows
+from conftest import CHECKOUT, DEMO_ROWS, RUNNER_V2, TightEngine, prepared_demo_rows
+from real_runs import engine_options
 from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
 
 from agd_vllm.records import Gate, PreparedRow, Roi, RowRefused, Span
@@ -107,6 +112,20 @@ def test_a_penalty_on_cad_is_that_of_transformers_on_its_formula(engine, rows, c
 
 def test_cad_without_contrast_is_greedy(engine, rows, greedy):
     assert tokens(engine.decode(rows, strategy=Cad(0.0))) == tokens(greedy)
+
+
+@pytest.mark.long
+def test_cad_decodes_the_same_on_the_runner_of_gpus(smollm2, rows, contrasted, tmp_path):
+    """Model Runner V2, its kernels interpreted: the command line's answers, prompts in chunks."""
+    command = [sys.executable, "-m", "agd_vllm", "decode", str(DEMO_ROWS), "--output", str(tmp_path / "out")]
+    command += ["--model", str(smollm2), "--dtype", "float32", "--limit", "2", "--max-tokens", "8"]
+    command += ["--strategy", "cad", "--cad-alpha", f"{ALPHA}", *engine_options(max_num_batched_tokens=64)]
+    done = subprocess.run(
+        command, cwd=CHECKOUT, env=os.environ | RUNNER_V2, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {row["id"]: row["token_ids"] for row in pq.read_table(tmp_path / "out/results").to_pylist()}
+    assert found == {row.id: row.token_ids[:8] for row in contrasted[:2]}
 
 
 def test_in_step_there_are_few_pauses(engine, rows, contrasted, monkeypatch):

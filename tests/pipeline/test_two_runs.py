@@ -20,12 +20,12 @@ ROWS, TOKENS = 40, 48
 
 
 @pytest.fixture
-def command(tiny_demo, s3, tmp_path):
+def command(tiny_smollm2, s3, tmp_path):
     """What to start, as a scheduler does it again."""
     rows = [{"id": f"r{number}", "prompt": f"{number} is", "min_tokens": TOKENS} for number in range(ROWS)]
     data = write_rows(tmp_path / "rows.jsonl", [{"id": "bad"}, *rows])
     command = [sys.executable, "-m", "agd_vllm", "decode", str(data), "--output", s3.url, "--strategy", "greedy"]
-    command += ["--model", str(tiny_demo), "--max-tokens", f"{TOKENS}", "--part-rows", "3"]
+    command += ["--model", str(tiny_smollm2), "--max-tokens", f"{TOKENS}", "--part-rows", "3"]
     return command + engine_options(max_model_len=256, max_num_seqs=2)
 
 

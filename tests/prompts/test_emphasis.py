@@ -1,4 +1,4 @@
-"""The region said again: what is said, where, and which rows have nothing to say."""
+"""The region repeated: what is repeated, where, and which rows have nothing to repeat."""
 
 import dataclasses
 
@@ -59,4 +59,4 @@ def test_without_a_region_a_row_is_as_it_was():
     emphasizing.warn = said.append
     assert [emphasizing.prepare(CHAT) for _ in range(2)] == [plain, plain]
     (hint,) = said
-    assert "names no region, so nothing is said again" in hint and "--roi" in hint
+    assert "names no region, so nothing is repeated" in hint and "--roi" in hint

@@ -217,6 +217,20 @@ def test_without_relevance_the_page_says_which_command_makes_it(opened, report, 
     assert command == f"agd-vllm attribute --run '{run_directory}' --max-steps 16"
 
 
+@pytest.mark.parametrize(
+    "ran", [{"strategy": name} for name in ("steer", "dola", "cad")] + [{"engine_args": {"quantization": "fp8"}}]
+)
+def test_a_run_that_attribute_refuses_has_no_command_for_it(opened, capsys, smollm2, tokenizer, tmp_path, ran):
+    row = made_row(tokenizer, "row-1", "A prompt.", "An answer.", guided=(1,))
+    directory = write_run(tmp_path / "run", [row], str(smollm2), **ran)
+    fails(capsys, 2, "attribute", "--run", str(directory))
+    page = opened(write_report(ReportSettings(str(directory)))[0])
+    token(page, "row-1", 1).click()
+    said = page.locator("#inspector .missing").inner_text()
+    assert said.startswith("No heat map: attribution explains the logits of the model itself")
+    assert "agd-vllm attribute" not in page.content()
+
+
 def test_the_keyboard_reaches_everything(opened, report):
     page = opened(report)
     focused = lambda: page.evaluate("document.activeElement.dataset.step ?? document.activeElement.id")  # noqa: E731

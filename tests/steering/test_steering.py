@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from command_line import fails
-from conftest import CHECKOUT, DEMO_ROWS, RUNNER_V2, plain_vllm, prepared_demo_rows
+from conftest import CHECKOUT, DEMO_ROWS, RUNNER_V2, plain_job, plain_vllm, prepared_demo_rows, run_plain_jobs
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -108,14 +108,17 @@ def tiny_job(folder, name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [name for name in TINY if name != "llama"])
-def test_every_family_is_steered(tmp_path, name):
-    model, prompts, rows, args = tiny_job(tmp_path / name, name)
-    vectors = write(tmp_path / "v.safetensors", name, (0, 2), 64)
-    args |= engine_args(info(tmp_path / name, 3), str(tmp_path / "v.safetensors"), True, {})
-    args |= {"steering_strengths": [1.5]}
-    decoded = plain_vllm(tmp_path / name, rows, tmp_path / "out.json", **args)
-    assert_logprobs_are_those_of(hooked(model, vectors, 1.5, True), prompts, decoded)
+def test_every_family_is_steered(tmp_path):
+    """One after another in one process."""
+    made, jobs = [], []
+    for name in TINY:
+        model, prompts, rows, args = tiny_job(tmp_path / name, name)
+        file = tmp_path / f"{name}.safetensors"
+        made.append((hooked(model, write(file, name, (0, 2), 64), 1.5, True), prompts))
+        args |= engine_args(info(tmp_path / name, 3), str(file), True, {})
+        jobs.append(plain_job(tmp_path / name, rows, [1.5], **args))
+    for (model, prompts), decoded in zip(made, run_plain_jobs(jobs, tmp_path / "out.json"), strict=True):
+        assert_logprobs_are_those_of(model, prompts, decoded)
 
 
 @pytest.mark.long
@@ -210,8 +213,12 @@ def test_the_command_decodes_as_hooks_and_a_penalty_do(smollm2, tmp_path):
             ("--engine-arg", "worker_extension_cls=a.B"),
             "worker_extension_cls: strategy steer has its own; leave it",
         ),
-        ({}, ("--strategy", "agd"), "steering: strategy agd cannot be steered"),
-        ({}, ("--strategy", "agd", "--scorer", "inline"), "steering: strategy agd cannot be steered"),
+        (
+            {},
+            ("--strategy", "agd"),
+            "steering: strategy agd has no such option; leave it out, or choose st",
+        ),
+        ({}, ("--strategy", "agd", "--scorer", "inline"), "steering: strategy agd has no such option"),
         ({}, ("--steering", "nowhere.safetensors"), "nowhere.safetensors does not exist; check the path"),
         ({}, ("--steering", str(DEMO_ROWS)), "not a safetensors file; give a file that `agd-vllm vectors` has written"),
         ({}, ("--steering", ""), "steering is missing; name a file of vectors for strategy steer"),
