@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from agd_vllm.attribution import lxt_compat
 from agd_vllm.attribution.integrated_gradients import POINTS, IntegratedGradients
+from agd_vllm.models.inspect import inspect_model
 from agd_vllm.prompts.tokenizer import load_tokenizer
 from agd_vllm.steering import extraction
 from agd_vllm.steering.extraction import extract
@@ -168,6 +169,7 @@ def test_the_command_writes_what_decode_takes(smollm2, tmp_path, capsys, method)
     assert out.endswith(f" from 1 pairs in {file}\n")
     read = read_vectors(str(file))
     assert (read.method, read.model, [*read.layers]) == (method, str(smollm2), [3, 20])
+    assert read.model_digest == inspect_model(str(smollm2))[0].digest is not None
     decode = ("decode", rows, "--model", str(smollm2), "--strategy", "steer", "--steering", str(file), "--dry-run")
     assert run(capsys, *decode)[0] == 0
 
