@@ -7,7 +7,7 @@ MODEL := .cache/models/smollm2-135m-instruct
 # Of `make chaos`: forward or inline.
 SCORER ?= forward
 
-.PHONY: demo test long lint browser chaos lock clean
+.PHONY: demo quick test long lint browser chaos lock clean
 
 demo: $(VENV)/.ready $(MODEL)/model.safetensors
 	@echo "decode: examples/demo.jsonl with AGD, into runs/demo"
@@ -18,11 +18,15 @@ demo: $(VENV)/.ready $(MODEL)/model.safetensors
 PYTEST := $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 # TIERS=all: with what is long, too, in one session.
-TIERS := quick
+TIERS := short
 MARKS := $(if $(filter all,$(TIERS)),,-m "not long")
 
+# What starts no engine and takes less than five seconds a test (tests/quick_tests.py): before each push.
+quick: $(VENV)/.ready lint $(MODEL)/model.safetensors
+	$(PYTEST) --quick
+
 # How often the tests may start vLLM and Ray: a start takes half a minute of a core.
-MOST_STARTS := $(if $(filter all,$(TIERS)),190,60)
+MOST_STARTS := $(if $(filter all,$(TIERS)),260,100)
 
 test: $(VENV)/.ready lint browser $(MODEL)/model.safetensors
 	$(PYTEST) $(MARKS) --most-starts $(MOST_STARTS)

@@ -20,6 +20,7 @@ from agd_vllm.records import Gate, PreparedRow
 pytest_plugins = [
     "counted_starts",
     "made_decoding",
+    "quick_tests",
     "real_runs",
     "s3_store",
     "tiny_oracle",

@@ -135,7 +135,7 @@ def submit(environment: dict[str, str], job: list[str]) -> subprocess.CompletedP
     """`ray job submit` of a command in the checkout, as a user of a cluster runs it."""
     arguments = ("job", "submit", f"--address=http://127.0.0.1:{DASHBOARD}", "--working-dir", ".", "--", *job)
     done = ray(environment, *arguments, timeout=500)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while "No available agent" in done.stderr and time.monotonic() < deadline:  # the head is up, its agent not yet
         time.sleep(2)
         done = ray(environment, *arguments, timeout=500)
