@@ -167,7 +167,9 @@ def test_the_summary_names_the_layers_of_the_vectors(smollm2, vectors, tmp_path)
     (tmp_path / "rows.jsonl").write_text("{}\n")
     settings = RunSettings((f"{tmp_path}/rows.jsonl",), str(tmp_path / "out"))
     assert run_dataset(settings, DecoderOptions.of(str(smollm2), "steer", steering=vectors)) == 1  # and loads no model
-    assert json.loads((tmp_path / "out/summary.json").read_text())["steering_layers"] == [3]
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["steering_layers"] == [3]
+    assert not summary.keys() & {"scorer", "rule", "tau", "attribution_workers", "cad_alpha"}
     assert "steering_layers" not in json.loads((tmp_path / "out/run.json").read_text())  # so that old runs go on
 
 
