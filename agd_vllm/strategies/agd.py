@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 INLINE = "inline"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Agd(Gated, Penalized):
     """The candidate of the highest relevance to the region. With scorer inline relevance and choice are inside vLLM's
     own forward pass: no row pauses, and there are no workers."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from agd_vllm.strategies.row_decoding import RowDecoding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cad(Penalized):
     """argmax of (1 + alpha) * logits - alpha * logits without the region's tokens in the prompt, at every step
     (arXiv 2305.14739, eq. 2). Rows without a region are decoded greedily."""

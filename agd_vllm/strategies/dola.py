@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from agd_vllm.models.inspect import ModelInfo
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dola(Greedily):
     """The token that the last layer makes more probable than an earlier one does, which is chosen at each step among
     `dola_layers`, of those that the last layer gives `dola_relative_top` of the greatest probability."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from agd_vllm.strategies.greedy import Greedily
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Emphasize(Greedily):
     """Greedy, after a prompt that repeats the region at the end of the last user message."""
 

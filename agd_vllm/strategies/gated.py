@@ -29,7 +29,7 @@ class CandidateScorer(Protocol):
     def release(self, sequence: str) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Gated(Strategy):
     """At gated steps the candidate of the highest score, elsewhere the greedy token (arXiv 2509.26307, algorithm 1).
 

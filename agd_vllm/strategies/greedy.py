@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from agd_vllm.strategies.row_decoding import RowDecoding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Greedily(Penalized):
     """The most probable token, be it of another model or after another prompt."""
 
@@ -26,7 +26,7 @@ class Greedily(Penalized):
         return await decode_greedily(decoding, self.repetition_penalty)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Greedy(Greedily):
     """The most probable token at every step; with `entropies` these are recorded, one a token."""
 

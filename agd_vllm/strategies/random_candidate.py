@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from agd_vllm.strategies.row_decoding import RowDecoding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RandomCandidate(Gated):
     """A random candidate at gated steps, elsewhere the greedy token."""
 

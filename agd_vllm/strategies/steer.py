@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from agd_vllm.models.inspect import ModelInfo
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Steer(Greedily):
     """Greedy, with `steering_strength` times the vectors of the file `steering` added to the streams of their layers;
     with `steering_norm` a token's stream keeps its length."""

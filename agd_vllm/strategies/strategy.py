@@ -24,7 +24,7 @@ def option(
     return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar, "flag": flag})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Strategy(ABC):
     """One object serves all rows of an engine. It is sent to the engine's actor.
 
@@ -126,7 +126,7 @@ class Strategy(ABC):
         """Decodes a row to its end, filling in `decoding`; returns the finish reason. Raises as `decode_row`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Penalized(Strategy):
     """A strategy that takes the repetition penalty of the published scripts."""
 

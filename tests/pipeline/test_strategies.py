@@ -111,7 +111,7 @@ def test_a_penalty_on_cad_is_that_of_transformers_on_its_formula(engine, rows, c
 
 
 def test_cad_without_contrast_is_greedy(engine, rows, greedy):
-    assert tokens(engine.decode(rows, strategy=Cad(0.0))) == tokens(greedy)
+    assert tokens(engine.decode(rows, strategy=Cad(cad_alpha=0.0))) == tokens(greedy)
 
 
 @pytest.mark.long
@@ -131,7 +131,7 @@ def test_cad_decodes_the_same_on_the_runner_of_gpus(engine, smollm2, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = {row["id"]: row["token_ids"] for row in pq.read_table(tmp_path / "out/results").to_pylist()}
     # The rows name how many tokens they have, of which 80 are the most.
-    expected = engine.decode(prepared_demo_rows(smollm2, 2, 80), strategy=Cad(ALPHA))
+    expected = engine.decode(prepared_demo_rows(smollm2, 2, 80), strategy=Cad(cad_alpha=ALPHA))
     assert found == {row.id: row.token_ids[: len(found[row.id])] for row in expected}
     assert sum(map(len, found.values())) > 80
 
