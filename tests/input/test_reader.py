@@ -544,7 +544,7 @@ def test_lines_after_an_array_are_rows_and_nothing_is_lost(tmp_path):
     row = json.dumps(RAW).encode()
     rest, after = read(jsonl(tmp_path / "rows.jsonl", b"[]" + row, row.replace(b"p1", b"p2")))
     assert (rest.type, rest.line, rest.id, rest.input) == ("invalid_json", 1, "p1", row.decode())
-    assert "goes on after the end of the array" in rest.message
+    assert "continues after the end of the array" in rest.message
     assert (after.id, after.line) == ("p2", 2)
     both, other = (b'[{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "x"}] ', row)
     assert [(row.id, row.line) for row in read(jsonl(tmp_path / "rows.jsonl", both, other))] == [

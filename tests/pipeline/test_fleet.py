@@ -464,8 +464,7 @@ def test_who_shares_a_gpu_takes_its_memory_one_after_another(world, smollm2, mon
     monkeypatch.setattr(placement, "make_worker", lambda *_: worker)
     monkeypatch.setattr(placement, "make_replica", make_replica)
     decoder = Decoder(str(smollm2), engines=2)
-    decoder._cluster = SimpleNamespace(shares=shares, started=False)
-    decoder._start_actors(1)
+    decoder._start_actors(SimpleNamespace(shares=shares, started=False))
     assert [replica.made_at for replica in world.replicas] == made_at
     assert [what for what, _ in world.told] == ["attach", "attach"]
     # Each is held until the workers' `info` has answered, which is asked for once.
@@ -480,9 +479,9 @@ def test_a_worker_that_cannot_start_is_named_and_not_the_engine_that_waited_for_
     monkeypatch.setattr(placement, "make_replica", lambda _cluster, index, *_: world.make(index))
     world.trouble = lambda _replica: RuntimeError("the worker did not come")
     decoder = Decoder(str(smollm2))
-    decoder._cluster = SimpleNamespace(shares=Shares(1 / 2, 1 / 2), started=False)
+    cluster = SimpleNamespace(shares=Shares(1 / 2, 1 / 2), started=False)
     with pytest.raises(RuntimeError, match=r"^an attribution worker could not start: .*out of memory"):
-        decoder._start_actors(1)
+        decoder._start_actors(cluster)
 
 
 def test_without_workers_an_engine_is_told_so(world):
