@@ -26,7 +26,7 @@ quick: $(VENV)/.ready lint $(MODEL)/model.safetensors
 	$(PYTEST) --quick
 
 # How often the tests may start vLLM and Ray: a start takes half a minute of a core.
-MOST_STARTS := $(if $(filter all,$(TIERS)),260,100)
+MOST_STARTS := $(if $(filter all,$(TIERS)),150,80)
 
 test: $(VENV)/.ready lint browser $(MODEL)/model.safetensors
 	$(PYTEST) $(MARKS) --most-starts $(MOST_STARTS)

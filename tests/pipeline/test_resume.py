@@ -35,7 +35,7 @@ OPTIONS = {
 }
 ENGINE_ARGS = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 27, "max_num_seqs": 2}
 COMMON = {"dtype": "float32", "max_tokens": 64, "max_model_len": 256}
-LESS_MEMORY = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 26, "max_num_seqs": 1, "block_size": 16}
+LESS_MEMORY = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 26, "max_num_seqs": 1, "block_size": 32}
 
 
 @pytest.fixture
